@@ -1,0 +1,52 @@
+# On a fresh machine `make demo` or `make test` is all that is needed: each makes the environment .venv first.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SHELL := /bin/bash
+say = @printf '\n== %s\n' $(1)
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(READY) ## learn an unknown blur through the solver, and write a picture
+	$(call say,'Demo: learning the operator through the solve')
+	@$(BIN)/python -m nablasolve
+
+test: lint types ## lint, types, and all tests
+	$(call say,'Tests: pytest with $(WORKERS) workers')
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+lint: $(READY) ## ruff: rules and format
+	$(call say,'Lint: ruff check and ruff format --check')
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(READY) ## mypy --strict on src
+	$(call say,'Types: mypy on src')
+	@$(BIN)/mypy
+
+clean: ## remove the environment and all caches
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(READY) exists only while the environment is whole: it goes first and comes last. Without it whatever an interrupted
+# run has left is cleared away; with an older one the environment is brought up to date in place.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo 'No python3.11 or python3 was found: install Python 3.11 and run make again.' >&2; exit 1; }
+	$(call say,'Environment 1/3: $(VENV) from $(PYTHON)')
+	@if test -e $@; then rm -f $@; else $(PYTHON) -m venv --clear $(VENV); fi
+	$(call say,'Environment 2/3: torch (the long download)')
+	@$(BIN)/python -m pip install -c constraints.txt torch
+	$(call say,'Environment 3/3: nablasolve and its tools')
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]'
+	@touch $@
+	$(call say,'Environment ready')

@@ -1,0 +1,246 @@
+"""The one derivative rule.
+
+For `x = A(θ)^{-1} b` and a loss `L` with cotangent `x̄ = ∂L/∂x` (PyTorch's convention: `dL = Re<x̄, dx>`):
+
+    dx = A^{-1} (db - dA x)                                     forward mode: one more solve with A
+    λ  = A^{-H} x̄                                               reverse mode: one solve with the adjoint
+    b̄  = λ,     θ̄ = -(∂(A(θ) x)/∂θ)^H λ                         and one backward pass through one application of A
+
+(Golub & Pereyra 1973 for the derivative of an inverse; Lai et al., "∇-Prox", SIGGRAPH 2023, for the matrix-free form.)
+The rule differentiates the *problem*, not the loop: nothing of the iteration is stored. Both lines are written with this
+same differentiable solve, on the attached solution, so they are right to every order and under every `torch.func`
+transform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .closure import is_differentiable, transforms_active, transparent
+from .drive import solve_concretely
+from .problem import Problem
+from .vectors import precise_norm
+
+_functorch = torch._C._functorch
+
+# How far the residual of the solution may exceed what was certified before A is taken to have changed.
+CHANGE_SLACK = 10.0
+
+
+def solve(problem: Problem, b: Tensor, x0: Tensor | None, given: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve the problem differentiably: solution, report and history (the latter two without derivatives)."""
+    x, report, history, *_ = _apply(problem, b, x0, len(given), *given)
+    return x, report, history
+
+
+class _Solve(torch.autograd.Function):
+    """`(b, θ) -> A(θ)^{-1} b`, with every derivative.
+
+    The inputs are `(problem, b, x0, count, *given, *kept)`: `count` tensors for the closures of the problem, then what an
+    earlier solve left for this one (a factorisation). The outputs are `(x, report, history, *kept)`.
+    """
+
+    @staticmethod
+    def forward(problem: Problem, b: Tensor, x0: Tensor | None, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given, kept = tensors[:count], tensors[count:]
+        outcome = solve_concretely(problem, b, x0, given, kept)
+        # what was handed in is not handed out again: an output must not be an input
+        return outcome.x, outcome.report, outcome.history, *(() if kept else outcome.kept)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        problem, b, _, count, *tensors = inputs
+        x, report, history, *kept = output
+        ctx.mark_non_differentiable(report, history, *kept)
+        ctx.set_materialize_grads(False)
+        ctx.problem, ctx.count, ctx.inputs, ctx.outputs = problem, count, len(inputs), len(output)
+        saved = (x, b, report, *tensors[:count], *(tensors[count:] or kept))
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, x_bar: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        grads: list[Tensor | None] = [None] * ctx.inputs
+        if x_bar is None:
+            return tuple(grads)
+        problem: Problem = ctx.problem
+        x, b, report, *tensors = ctx.saved_tensors
+        given: list[Tensor] = tensors[: ctx.count]
+        for closure in problem.closures:
+            if closure is not None:
+                closure.check_constants()
+        adjoint = _apply(problem.H, x_bar, None, ctx.count, *tensors)[0]
+        grads[1] = adjoint
+        needed = ctx.needs_input_grad[4:]
+        wanted = [i for i in range(len(problem.operator.recorded)) if needed[i] and is_differentiable(given[i])]
+        if transforms_active():
+            parts = _pull_back_in_transform(problem, x, given, wanted, adjoint)
+        else:
+            parts = _pull_back(problem, x, given, wanted, adjoint, lambda y: _check_unchanged(problem, b, y, report))
+        for i, part in zip(wanted, parts, strict=True):
+            grads[4 + i] = None if part is None else -part
+        return tuple(grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        problem: Problem = ctx.problem
+        # a Function's jvp runs with forward gradients switched off, which would silence every nested derivative
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            x, _, _, *tensors = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
+            rhs = torch.zeros_like(x) if tangents[1] is None else tangents[1]
+            change = _push_forward(problem, x, tensors[: ctx.count], tangents[4 : 4 + len(problem.operator.recorded)])
+            dx = _apply(problem.tangent, rhs if change is None else rhs - change, None, ctx.count, *tensors)[0]
+        return dx, *(None,) * (ctx.outputs - 1)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, problem: Problem, b: Tensor, x0: Tensor | None, count: int, *tensors: Tensor) -> Any:
+        b_dim, x0_dim, dims = in_dims[1], in_dims[2], in_dims[4:]
+
+        def spread(tensor: Tensor, dim: int | None) -> Tensor:
+            return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+        moved = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims, strict=True)]
+        # a factorisation that is shared has a batch dimension of size 1
+        kept = [t.unsqueeze(0) if d is None else t for t, d in zip(moved[count:], dims[count:], strict=True)]
+        mapped = problem.vmapped([None if d is None else 0 for d in dims[:count]])
+        guess = None if x0 is None else spread(x0, x0_dim)
+        x, report, history, *left = _apply(mapped, spread(b, b_dim), guess, count, *moved[:count], *kept)
+        if any(d is not None for d in dims[: len(problem.operator.recorded)]):
+            return (x, report, history, *left), (0,) * (3 + len(left))
+        return (x, report, history, *(t.squeeze(0) for t in left)), (0, 0, 0, *(None,) * len(left))
+
+
+class _BatchSize(NamedTuple):
+    batch_size: int
+
+
+def _apply(problem: Problem, b: Tensor, x0: Tensor | None, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """`_Solve.apply`, also for the batched tensors of `torch.autograd.grad(..., is_grads_batched=True)`.
+
+    Those come from an older `vmap` that custom Functions take no part in, so its batch dimension is handed to the same
+    rule here.
+    """
+    arguments: list[Any] = [problem, b, x0, count, *tensors]
+    batched = [isinstance(t, Tensor) and _functorch.is_legacy_batchedtensor(t) for t in arguments]
+    if not any(batched):
+        result: tuple[Tensor, ...] = _Solve.apply(*arguments)
+        return result
+    torch._C._vmapmode_increment_nesting()
+    level = torch._C._vmapmode_decrement_nesting()
+    arguments = [torch._remove_batch_dim(t, level, 0, 0) if flag else t for t, flag in zip(arguments, batched, strict=True)]
+    size = next(t.shape[0] for t, flag in zip(arguments, batched, strict=True) if flag)
+    outputs, out_dims = _Solve.vmap(_BatchSize(size), [0 if flag else None for flag in batched], *arguments)
+    return tuple(t if d is None else torch._add_batch_dim(t, d, level) for t, d in zip(outputs, out_dims, strict=True))
+
+
+def _pull_back_in_transform(
+    problem: Problem, x: Tensor, given: Sequence[Tensor], wanted: Sequence[int], cotangent: Tensor
+) -> Sequence[Tensor | None]:
+    """`(∂(A(θ) x)/∂θ_i)^H cotangent` for the wanted `i`, differentiable at every level of `torch.func`."""
+    if not wanted:
+        return []
+
+    def of_parameters(*parameters: Tensor) -> Tensor:
+        return problem.differentiable_apply(x, _replaced(given, wanted, parameters))
+
+    pull_back = torch.func.vjp(of_parameters, *(given[i] for i in wanted))[1]
+    parts: Sequence[Tensor | None] = pull_back(cotangent)
+    return parts
+
+
+def _pull_back(
+    problem: Problem,
+    x: Tensor,
+    given: Sequence[Tensor],
+    wanted: Sequence[int],
+    cotangent: Tensor,
+    check: Callable[[Tensor], None],
+) -> Sequence[Tensor | None]:
+    """The same outside transforms, by plain autograd; `check` sees the product `A x` that this costs."""
+    if not wanted:
+        with torch.no_grad():
+            check(problem.differentiable_apply(x, given))
+        return []
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), transparent():
+        with torch.set_grad_enabled(again):
+            start = x.view_as(x)
+        if not start.requires_grad:
+            start.requires_grad_()
+        y = problem.differentiable_apply(start, given)
+        check(y)
+        if not y.requires_grad:
+            return [None] * len(wanted)
+        parameters = [given[i] for i in wanted]
+        # x depends on θ as well, but θ̄ is the part that does not go through x
+        with _Cut([start, *parameters]):
+            return torch.autograd.grad(y, parameters, cotangent, create_graph=again, retain_graph=True, allow_unused=True)
+
+
+def _check_unchanged(problem: Problem, b: Tensor, y: Tensor, report: Tensor) -> None:
+    """Raise if `y = A x` is no longer what the forward solve certified, because `A` computes something else by now.
+
+    Raises:
+        RuntimeError: for instance if an attribute that `A` reads was set to another tensor.
+    """
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+        norm_b = precise_norm(b, problem.batch_dims)
+        residual = precise_norm(b - y, problem.batch_dims) / torch.where(norm_b > 0, norm_b, 1.0)
+        if (residual > CHANGE_SLACK * torch.clamp(report[..., 3], min=problem.options.rtol)).any():
+            raise RuntimeError(
+                "A changed between the forward solve and the backward pass: applied to the solution it no longer gives b, "
+                "so that its adjoint is not that of the system that was solved. Keep what A reads unchanged until backward "
+                "has run."
+            )
+
+
+class _Cut:
+    """While open, backward passes stop at the given tensors instead of going on into what those depend on.
+
+    Several tensors that `A` depends on may depend on one another; autograd would then count a path twice, once inside
+    our derivative and once in the graph outside.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.nodes = {t.grad_fn for t in tensors if t.grad_fn is not None}
+
+    def __enter__(self) -> None:
+        self.handles = [node.register_prehook(lambda grads: (None,) * len(grads)) for node in self.nodes]
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _push_forward(problem: Problem, x: Tensor, given: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor | None:
+    """`dA x` for the tangents of `A`'s tensors; None where they all vanish."""
+    moving = [i for i, t in enumerate(tangents) if t is not None]
+    if not moving:
+        return None
+    primals, directions = [given[i] for i in moving], [t for t in tangents if t is not None]
+    change: Tensor | None
+    if not transforms_active():  # one level of dual numbers: the tensors that A captured are dual themselves
+        duals = [forward_ad.make_dual(p, t) for p, t in zip(primals, directions, strict=True)]
+        change = forward_ad.unpack_dual(problem.differentiable_apply(x, _replaced(given, moving, duals))).tangent
+        return change
+
+    # a double vector-Jacobian product: `u -> (∂(A x)/∂θ)^H u` is linear, and its transpose is `dθ -> dA x`
+    def of_parameters(*parameters: Tensor) -> Tensor:
+        return problem.differentiable_apply(x, _replaced(given, moving, parameters))
+
+    pull_back = torch.func.vjp(of_parameters, *primals)[1]
+    push_forward = torch.func.vjp(pull_back, torch.zeros_like(x))[1]
+    (change,) = push_forward(tuple(directions))
+    return change
+
+
+def _replaced(given: Sequence[Tensor], indices: Sequence[int], values: Sequence[Tensor]) -> list[Tensor]:
+    result = list(given)
+    for i, value in zip(indices, values, strict=True):
+        result[i] = value
+    return result

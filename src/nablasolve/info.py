@@ -1,0 +1,134 @@
+"""What a solve reports: `SolveInfo`, its `Status`, and the error and the warning that carry them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Status(IntEnum):
+    """Why a solve ended. Each member's `message` says in one sentence what happened and what to try."""
+
+    CONVERGED = 0
+    LEAST_SQUARES = 1
+    MAXITER = 2
+    STAGNATED = 3
+    BREAKDOWN = 4
+    INDEFINITE = 5
+    NOT_HERMITIAN = 6
+    INCONSISTENT = 7
+    NONFINITE = 8
+    STOPPED = 9
+
+    @property
+    def message(self) -> str:
+        """One sentence: what happened, and what to try."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    Status.CONVERGED: "The recomputed residual meets the tolerance.",
+    Status.LEAST_SQUARES: "The residual cannot become smaller, and a least-squares solution was found.",
+    Status.MAXITER: "The iteration limit was reached before the tolerance: raise maxiter, loosen rtol, or give a "
+    "preconditioner M.",
+    Status.STAGNATED: "The true residual stopped falling above the tolerance: loosen rtol, use a wider dtype, or give "
+    "a preconditioner M.",
+    Status.BREAKDOWN: "The method met a zero denominator that a restart did not remove: the operator may be singular; "
+    "try method='gmres', or method='minres' if it is Hermitian.",
+    Status.INDEFINITE: "A direction of non-positive curvature was met, so the operator or the preconditioner M is not "
+    "positive definite: try method='minres' (Hermitian) or 'gmres', and check the sign of M.",
+    Status.NOT_HERMITIAN: "The operator is not Hermitian as the method or the claim requires: try method='gmres' or "
+    "'bicgstab', and drop the claim.",
+    Status.INCONSISTENT: "The operator is singular and b has a part outside its range, so that no solution exists: "
+    "project b onto the range, or solve the least-squares problem.",
+    Status.NONFINITE: "NaN or Inf was met in b, in x0, or in what A or M returned: look at the inputs and at A.",
+    Status.STOPPED: "The callback asked to stop before the tolerance was met.",
+}
+
+
+@dataclass(repr=False)
+class SolveInfo:
+    """The record of one solve.
+
+    For a single system the fields are Python numbers. For a batch (`batch_dims`, leading dimensions of a Tensor `A`,
+    or `torch.vmap`) they are tensors of the batch shape.
+
+    Attributes:
+        converged: whether the recomputed residual meets `max(rtol |b|, atol)`.
+        status: a `Status`; for a batch an integer tensor of `Status` values.
+        iterations: steps of the method (GMRES counts inner steps).
+        residual_norm: the recomputed `|b - A x|`.
+        relative_residual: `residual_norm / |b|`; 0 where `b` and the residual are both zero.
+        matvecs: applications of `A` in this solve, the recording run and the certificate included.
+        rmatvecs: applications of the adjoint of `A` in this solve.
+        method: the method's lower-case name.
+        history: with `history=True`, the method's residual norms, a float64 tensor of shape
+            `(iterations + 1, *batch)` that begins with the initial one; else None.
+    """
+
+    converged: Any
+    status: Any
+    iterations: Any
+    residual_norm: Any
+    relative_residual: Any
+    matvecs: Any
+    rmatvecs: Any
+    method: str
+    history: Tensor | None = None
+    _adjoint: list[SolveInfo] = field(default_factory=list, compare=False)
+
+    @property
+    def adjoint(self) -> SolveInfo | None:
+        """The record of the latest adjoint solve; None until a backward pass has run."""
+        return self._adjoint[-1] if self._adjoint else None
+
+    @property
+    def message(self) -> str:
+        """What happened and what to try; for a batch, one line for each status that occurs."""
+        if not isinstance(self.status, Tensor):
+            return str(self.status.message)
+        counts = torch.bincount(self.status.reshape(-1), minlength=len(Status)).tolist()
+        return "\n".join(f"{n} x {s.name}: {s.message}" for s, n in zip(Status, counts, strict=True) if n)
+
+    def __repr__(self) -> str:
+        if isinstance(self.status, Tensor):
+            return f"SolveInfo(method={self.method!r}, converged={self.converged}, status={self.status})"
+        return (
+            f"SolveInfo({self.status.name}, method={self.method!r}, iterations={self.iterations}, "
+            f"relative_residual={self.relative_residual:.3e}, matvecs={self.matvecs}, rmatvecs={self.rmatvecs})"
+        )
+
+
+def read_report(report: Tensor, history: Tensor | None, method: str, adjoint: list[SolveInfo], mapped: bool) -> SolveInfo:
+    """The `SolveInfo` of a report tensor of shape `(*batch, 6)`; `mapped` says that `torch.vmap` owns the batch."""
+    if report.ndim == 1 and not mapped:
+        status, iterations, norm, relative, matvecs, rmatvecs = report.tolist()
+        reason = Status(int(status))
+        counts: tuple[Any, Any, Any, Any, Any]
+        counts = int(iterations), norm, relative, int(matvecs), int(rmatvecs)
+        return SolveInfo(reason is Status.CONVERGED, reason, *counts, method, history, adjoint)
+    codes, iterations, norm, relative, matvecs, rmatvecs = report.unbind(-1)
+    counts = iterations.long(), norm, relative, matvecs.long(), rmatvecs.long()
+    return SolveInfo(codes == Status.CONVERGED, codes.long(), *counts, method, history, adjoint)
+
+
+class ConvergenceError(torch.linalg.LinAlgError):  # type: ignore[name-defined]
+    """A solve did not reach its tolerance.
+
+    Attributes:
+        x: the iterate that was reached, with the shape and structure of the solution, detached.
+        info: the `SolveInfo`.
+    """
+
+    def __init__(self, message: str, x: Any = None, info: SolveInfo | None = None) -> None:
+        super().__init__(message)
+        self.x = x
+        self.info = info
+
+
+class ConvergenceWarning(UserWarning):
+    """A solve did not reach its tolerance, and `on_failure="warn"` asked to go on."""

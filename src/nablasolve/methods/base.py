@@ -1,0 +1,141 @@
+"""What a method is: `init`, `step` and `solution` on a correction equation, and nothing else.
+
+A method never sees the user's problem. It solves the *correction equation* `A d = r` from `d = 0`, where `|r| = 1`
+(or `r = 0`, for a system of a batch that is already solved), until `|r - A d| <= target`. The loop in `drive.py`
+scales, restarts, certifies and stops; so every method is free of scales, of initial guesses and of policies.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..vectors import Scalar, Space
+
+# The status of a system while the method runs; the public `Status` values are what ends it.
+RUNNING = -1
+CLAIMED = -2  # the method's own residual meets the target: to be certified
+CYCLE_END = -3  # a restarted method has filled its basis
+
+
+@dataclass(eq=False)
+class Correction:
+    """The equation `A d = rhs`, `|rhs| = 1`, that a method solves from `d = 0`.
+
+    Attributes:
+        space: kernels for the vectors.
+        apply: `v -> A v`. Its result is read, never written to, and valid until the next call.
+        preconditioner: `r -> M r ≈ A^{-1} r`, or None. The same holds for its result.
+        rhs: the right-hand side; the method owns it.
+        target: the method stops when its residual norm is this small; one scalar a system.
+        steps: the largest number of steps that the loop will ask for.
+        matrix: the dense matrix of `A`, where `A` is one; else None.
+        kept: what an earlier solve with the same `A` or its adjoint left (`Method.keep`).
+        adjoint_of_kept: whether `kept` belongs to the adjoint of `A`.
+    """
+
+    space: Space
+    apply: Callable[[Tensor], Tensor]
+    preconditioner: Callable[[Tensor], Tensor] | None
+    rhs: Tensor
+    target: Scalar
+    steps: int
+    matrix: Tensor | None = None
+    kept: tuple[Tensor, ...] = ()
+    adjoint_of_kept: bool = False
+
+    def precondition(self, r: Tensor) -> Tensor:
+        """`M r`, or `r` itself where there is no preconditioner."""
+        return r if self.preconditioner is None else self.preconditioner(r)
+
+    @property
+    def epsilon(self) -> float:
+        """The distance from 1 to the next number of the vectors' dtype."""
+        return torch.finfo(self.rhs.dtype).eps
+
+    def noise(self, steps: int) -> float:
+        """How far rounding alone can move a quantity of size 1 that `steps` steps of a short recurrence built up."""
+        return (10 + 4 * steps) * self.epsilon
+
+
+@dataclass(eq=False)
+class State:
+    """What every method's state holds: its equation, its residual norm and the status of each system."""
+
+    problem: Correction
+    residual_norm: Scalar
+    status: Scalar
+
+    @property
+    def running(self) -> Scalar:
+        """Which systems still run."""
+        return self.status == RUNNING
+
+    def stop(self, status: int, condition: Scalar) -> None:
+        """Give the systems that still run and meet the condition their status; their solution is frozen from here."""
+        self.status = self.problem.space.where(self.running & condition, status, self.status)
+
+    def ratio(self, numerator: Scalar, denominator: Scalar) -> Scalar:
+        """`numerator / denominator`; 0 for a zero denominator and for every system that has stopped."""
+        return self.problem.space.ratio(numerator, denominator, self.running)
+
+
+S = TypeVar("S", bound=State)
+
+
+class Method(ABC, Generic[S]):
+    """A Krylov or direct method: a frozen dataclass of its options.
+
+    Class attributes:
+        name: the lower-case public name.
+        hermitian: whether asking for the method claims that `A` is Hermitian.
+        positive_definite: whether it claims that `A` is Hermitian positive definite.
+    """
+
+    name: ClassVar[str]
+    hermitian: ClassVar[bool] = False
+    positive_definite: ClassVar[bool] = False
+
+    @abstractmethod
+    def init(self, problem: Correction) -> S:
+        """The state before the first step."""
+
+    @abstractmethod
+    def step(self, state: S) -> S:
+        """One step; `state.residual_norm` is the method's own residual norm afterwards."""
+
+    @abstractmethod
+    def solution(self, state: S) -> Tensor:
+        """The iterate `d` of the state, a tensor that the caller owns."""
+
+    def direction(self, state: S) -> Tensor | None:
+        """The direction in which the method met zero curvature, where it has one: perhaps a null vector of `A`."""
+        return None
+
+    def keep(self, state: S) -> tuple[Tensor, ...]:
+        """What this solve leaves for later ones with the same operator or its adjoint, such as a factorisation."""
+        return ()
+
+
+def zeros(like: Tensor) -> Tensor:
+    """A zero vector that the method owns."""
+    return torch.zeros_like(like, memory_format=torch.contiguous_format)
+
+
+def initial_status(problem: Correction) -> tuple[Scalar, Scalar]:
+    """The norm and the status of the right-hand side: a zero one is solved by zero."""
+    space = problem.space
+    norm = space.norm(problem.rhs)
+    running = space.full(RUNNING, problem.rhs)
+    return norm, space.where(norm > 0, running, CLAIMED)
+
+
+def positive_integer(name: str, value: object) -> None:
+    """Raise a ValueError unless `value` is an int of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")

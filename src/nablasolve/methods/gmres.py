@@ -1,0 +1,105 @@
+"""Restarted GMRES for general square operators."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..info import Status
+from ..vectors import Basis, Scalar
+from .base import CYCLE_END, Correction, Method, State, initial_status, positive_integer, zeros
+
+# After projecting, a vector that lost more than this part of its norm is projected once more
+# ("twice is enough": Daniel, Gragg, Kaufman & Stewart 1976; Giraud et al. 2005).
+REORTHOGONALISE_BELOW = 0.7071
+
+
+@dataclass(eq=False)
+class GMRESState(State):
+    """The Arnoldi basis, the triangular factor `R` by columns, the rotations and the rotated right-hand side `g`."""
+
+    basis: Basis
+    R: list[list[Scalar]]
+    rotations: list[tuple[Scalar, Scalar]]
+    g: list[Scalar]
+    norm_A: Scalar
+
+
+@dataclass(frozen=True)
+class GMRES(Method[GMRESState]):
+    """GMRES(restart) (Saad & Schultz 1986; Saad 2003, Algorithm 9.5), preconditioned on the right.
+
+    For any square `A`. One product with `A` and one with `M` a step, one more of each at a restart; the residual norm is
+    the true one, whatever `M`. Classical Gram-Schmidt with a second pass where the first one cancels. Storage:
+    `restart + 3` vectors beside `b` and what `A` and `M` return.
+
+    Args:
+        restart: the number of steps after which the method restarts from the true residual; at least 1.
+    """
+
+    restart: int = 20
+    name: ClassVar[str] = "gmres"
+
+    def __post_init__(self) -> None:
+        positive_integer("restart", self.restart)
+
+    def init(self, problem: Correction) -> GMRESState:
+        norm, status = initial_status(problem)
+        width = math.prod(problem.rhs.shape[problem.space.batch_dims :])
+        capacity = max(1, min(self.restart, width, problem.steps)) + 1
+        first = problem.space.scale(problem.space.ratio(1.0, norm), problem.rhs)
+        basis = Basis(problem.space, first, capacity)
+        return GMRESState(problem, norm, status, basis, R=[], rotations=[], g=[norm], norm_A=norm * 0)
+
+    def step(self, s: GMRESState) -> GMRESState:
+        problem, space, basis = s.problem, s.problem.space, s.basis
+        # Arnoldi: w = A M v_j, made orthogonal to the basis
+        w = space.copy(problem.apply(problem.precondition(basis[basis.count - 1])))
+        h = basis.project(w)
+        w = basis.subtract(w, h)
+        below = space.norm(w)
+        before = space.sqrt(below * below + sum(space.abs2(a) for a in space.unstack(h)))
+        if space.batch_dims or space.any(below < REORTHOGONALISE_BELOW * before):
+            again = basis.project(w)
+            w, h = basis.subtract(w, again), h + again
+            below = space.norm(w)
+        s.norm_A = space.maximum(s.norm_A, before)
+        # what rounding leaves of a vector that lay in the basis is nothing: a happy breakdown
+        below = space.where(below <= 10 * problem.epsilon * before, below * 0, below)
+
+        # the new column of the Hessenberg matrix, zero for the systems that have stopped, rotated into R
+        column = [space.where(s.running, a, a * 0) for a in space.unstack(h)]
+        below = space.where(s.running, below, below * 0)
+        for i, (c, sine) in enumerate(s.rotations):
+            column[i], column[i + 1] = (
+                c * column[i] + sine * column[i + 1],
+                c * column[i + 1] - space.conj(sine) * column[i],
+            )
+        c, sine, diagonal = space.rotation(column[-1], below)
+        singular = space.sqrt(space.abs2(diagonal)) <= problem.epsilon * s.norm_A
+        column[-1] = space.where(singular, diagonal * 0, diagonal)
+        s.R.append(column)
+        s.rotations.append((c, sine))
+        s.g[-1:] = [c * s.g[-1], -space.conj(sine) * s.g[-1]]
+        s.residual_norm = space.where(s.running, space.sqrt(space.abs2(s.g[-1])), s.residual_norm)
+        s.stop(Status.BREAKDOWN, singular)  # the Krylov space is invariant and the system on it singular
+
+        if len(s.R) == self.restart or len(s.R) == basis.width:
+            s.stop(CYCLE_END, s.residual_norm > problem.target)
+        else:
+            basis.append(space.scale(space.ratio(1.0, below), w))
+        return s
+
+    def solution(self, s: GMRESState) -> Tensor:
+        problem, space = s.problem, s.problem.space
+        y: list[Scalar] = [0.0] * len(s.R)
+        for i in reversed(range(len(s.R))):  # back substitution
+            rest = sum(s.R[j][i] * y[j] for j in range(i + 1, len(s.R)))
+            y[i] = space.ratio(s.g[i] - rest, s.R[i][i])
+        if not y:
+            return zeros(problem.rhs)
+        x = s.basis.combine(space.stack(y, problem.rhs))
+        return x if problem.preconditioner is None else space.copy(problem.precondition(x))

@@ -1,0 +1,395 @@
+"""Vectors: the kernels that methods are written in, batch dimensions, and the packing of pytrees.
+
+A *vector* is one tensor of shape `(*batch, *vector)`: the first `batch_dims` dimensions count independent systems.
+A *scalar* is one number a system. `HostSpace` (one system on the CPU) holds it as a Python number, which costs far
+less than a 0-d tensor and is 64-bit for free. `TensorSpace` holds it as a tensor of the batch shape, on the device.
+Methods are written once for both.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Scalar = Any  # a Python number (HostSpace) or a tensor of the batch shape (TensorSpace)
+
+
+def flatten(x: Tensor, batch_dims: int) -> Tensor:
+    """The vector `x` with its own dimensions flattened into one, of shape `(*batch, n)`."""
+    return x.reshape(*x.shape[:batch_dims], math.prod(x.shape[batch_dims:]))
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the real and imaginary parts of `dtype`."""
+    return torch.empty(0, dtype=dtype).real.dtype if dtype.is_complex else dtype
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which inner products are summed: 32 bits at least."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+class Space(ABC):
+    """Inner products, updates and guarded scalars for the vectors of one problem.
+
+    `in_place=False` (the unrolled mode) makes every update return a new tensor, so that autograd can follow it.
+    """
+
+    in_place: bool
+    batch_dims: int
+
+    # -- vectors -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def dot(self, x: Tensor, y: Tensor) -> Scalar:
+        """`x^H y`, one scalar a system, accumulated in 32 bits at least."""
+
+    @abstractmethod
+    def norm(self, x: Tensor) -> Scalar:
+        """The Euclidean norm, one real scalar a system."""
+
+    @abstractmethod
+    def axpy(self, a: Scalar, x: Tensor, y: Tensor) -> Tensor:
+        """`y + a x`, written over `y` where updates are in place."""
+
+    @abstractmethod
+    def xpay(self, x: Tensor, a: Scalar, y: Tensor) -> Tensor:
+        """`x + a y`, written over `y` where updates are in place."""
+
+    @abstractmethod
+    def scale(self, a: Scalar, x: Tensor) -> Tensor:
+        """`a x`, a new tensor, zero where `a` is zero whatever `x` holds."""
+
+    def real_dot(self, x: Tensor, y: Tensor) -> Scalar:
+        """The real part of `x^H y`."""
+        return self.dot(x, y).real
+
+    def copy(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """A copy of `x` that the method owns, written to `out` where updates are in place."""
+        if not self.in_place:
+            return x
+        return x.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(x)
+
+    # -- scalars -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def ratio(self, numerator: Scalar, denominator: Scalar, where: Scalar = True) -> Scalar:
+        """`numerator / denominator`; 0 where the denominator is zero or not finite, and where `where` is false."""
+
+    @abstractmethod
+    def where(self, condition: Scalar, a: Scalar, b: Scalar) -> Scalar:
+        """`a` where the condition holds, else `b`."""
+
+    @abstractmethod
+    def sqrt(self, a: Scalar) -> Scalar:
+        """The square root of a real scalar; 0 where it is negative."""
+
+    @abstractmethod
+    def maximum(self, a: Scalar, b: Scalar) -> Scalar:
+        """The larger of two real scalars."""
+
+    @abstractmethod
+    def conj(self, a: Scalar) -> Scalar:
+        """The complex conjugate."""
+
+    @abstractmethod
+    def nonfinite(self, a: Scalar) -> Scalar:
+        """Whether a real scalar is NaN or infinite."""
+
+    @abstractmethod
+    def any(self, condition: Scalar) -> bool:
+        """Whether the condition holds for any system: the one place where the host waits for the device."""
+
+    @abstractmethod
+    def full(self, value: float, like: Tensor) -> Scalar:
+        """The scalar `value` for every system of `like`."""
+
+    @abstractmethod
+    def unstack(self, coefficients: Tensor) -> list[Scalar]:
+        """The scalars along the last dimension of a tensor of shape `(*batch, k)`."""
+
+    @abstractmethod
+    def stack(self, scalars: Sequence[Scalar], like: Tensor) -> Tensor:
+        """The tensor of shape `(*batch, k)` of `k` scalars, in the dtype of `like`."""
+
+    def rotation(self, a: Scalar, b: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+        """The Givens rotation `(c, s, rho)`: `c a + s b = rho`, `-conj(s) a + c b = 0`, with `c` and `b` real.
+
+        `c = 1, s = 0` where both vanish.
+        """
+        magnitude = self.sqrt(self.abs2(a) + b * b)
+        c = self.where(magnitude > 0, self.ratio(self.sqrt(self.abs2(a)), magnitude), 1.0)
+        # the phase of a, 1 where a vanishes
+        size = self.sqrt(self.abs2(a))
+        phase = self.where(size > 0, self.ratio(a, size), 1.0)
+        return c, self.ratio(phase * b, magnitude), phase * magnitude
+
+    def abs2(self, a: Scalar) -> Scalar:
+        """The squared modulus."""
+        return (a * self.conj(a)).real
+
+
+class HostSpace(Space):
+    """One system on the CPU: scalars are Python numbers."""
+
+    in_place = True
+    batch_dims = 0
+
+    def dot(self, x: Tensor, y: Tensor) -> Scalar:
+        wide = accumulator_dtype(x.dtype)
+        return torch.vdot(x.reshape(-1).to(wide), y.reshape(-1).to(wide)).item()
+
+    def norm(self, x: Tensor) -> Scalar:
+        return torch.linalg.vector_norm(x, dtype=accumulator_dtype(x.dtype)).item()
+
+    def axpy(self, a: Scalar, x: Tensor, y: Tensor) -> Tensor:
+        return y.add_(x, alpha=a)
+
+    def xpay(self, x: Tensor, a: Scalar, y: Tensor) -> Tensor:
+        return torch.add(x, y, alpha=a, out=y)
+
+    def scale(self, a: Scalar, x: Tensor) -> Tensor:
+        return x * a if a != 0 else torch.zeros_like(x, memory_format=torch.contiguous_format)
+
+    def ratio(self, numerator: Scalar, denominator: Scalar, where: Scalar = True) -> Scalar:
+        return numerator / denominator if where and 0 < abs(denominator) < math.inf else 0.0
+
+    def where(self, condition: Scalar, a: Scalar, b: Scalar) -> Scalar:
+        return a if condition else b
+
+    def sqrt(self, a: Scalar) -> Scalar:
+        return math.sqrt(a) if a > 0 else a * 0.0  # NaN stays NaN
+
+    def maximum(self, a: Scalar, b: Scalar) -> Scalar:
+        return max(a, b)
+
+    def conj(self, a: Scalar) -> Scalar:
+        return a.conjugate()
+
+    def nonfinite(self, a: Scalar) -> Scalar:
+        return not math.isfinite(a)
+
+    def any(self, condition: Scalar) -> bool:
+        return bool(condition)
+
+    def full(self, value: float, like: Tensor) -> Scalar:
+        return value
+
+    def unstack(self, coefficients: Tensor) -> list[Scalar]:
+        return list(coefficients.tolist())
+
+    def stack(self, scalars: Sequence[Scalar], like: Tensor) -> Tensor:
+        return torch.tensor(list(scalars), dtype=like.dtype)
+
+
+class TensorSpace(Space):
+    """Many systems, another device, or an unrolled solve: scalars are tensors of the batch shape."""
+
+    def __init__(self, batch_dims: int, in_place: bool = True) -> None:
+        self.batch_dims = batch_dims
+        self.in_place = in_place
+
+    def _flat(self, x: Tensor) -> Tensor:
+        return flatten(x, self.batch_dims).to(accumulator_dtype(x.dtype))
+
+    def _spread(self, a: Scalar, x: Tensor) -> Scalar:
+        """The scalar `a`, shaped to multiply the vector `x`."""
+        if not isinstance(a, Tensor):
+            return torch.full((), a, dtype=x.dtype, device=x.device)
+        return a.reshape(a.shape + (1,) * (x.ndim - self.batch_dims)).to(x.dtype)
+
+    def dot(self, x: Tensor, y: Tensor) -> Scalar:
+        return torch.linalg.vecdot(self._flat(x), self._flat(y))
+
+    def norm(self, x: Tensor) -> Scalar:
+        return torch.linalg.vector_norm(self._flat(x), dim=-1)
+
+    def axpy(self, a: Scalar, x: Tensor, y: Tensor) -> Tensor:
+        return y.addcmul_(self._spread(a, x), x) if self.in_place else y + self._spread(a, x) * x
+
+    def xpay(self, x: Tensor, a: Scalar, y: Tensor) -> Tensor:
+        return torch.addcmul(x, self._spread(a, y), y, out=y) if self.in_place else x + self._spread(a, y) * y
+
+    def scale(self, a: Scalar, x: Tensor) -> Tensor:
+        a = self._spread(a, x)
+        return torch.where(a != 0, x * a, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def ratio(self, numerator: Scalar, denominator: Scalar, where: Scalar = True) -> Scalar:
+        usable = (denominator != 0) & torch.isfinite(denominator.abs()) & where
+        # the inner `where` keeps the derivative of the unused branch finite
+        return torch.where(usable, numerator / torch.where(usable, denominator, 1.0), 0.0)
+
+    def where(self, condition: Scalar, a: Scalar, b: Scalar) -> Scalar:
+        return torch.where(condition, a, b)
+
+    def sqrt(self, a: Scalar) -> Scalar:
+        positive = ~(a <= 0)
+        return torch.where(positive, torch.where(positive, a, 1.0).sqrt(), 0.0)
+
+    def maximum(self, a: Scalar, b: Scalar) -> Scalar:
+        return torch.maximum(a, torch.as_tensor(b, dtype=a.dtype, device=a.device))
+
+    def conj(self, a: Scalar) -> Scalar:
+        return a.conj()
+
+    def nonfinite(self, a: Scalar) -> Scalar:
+        return ~torch.isfinite(a)
+
+    def any(self, condition: Scalar) -> bool:
+        return any_true(condition)
+
+    def full(self, value: float, like: Tensor) -> Scalar:
+        dtype = accumulator_dtype(real_dtype(like.dtype))
+        shape = like.shape[: self.batch_dims]
+        return torch.full(shape, value, dtype=torch.int64 if isinstance(value, int) else dtype, device=like.device)
+
+    def unstack(self, coefficients: Tensor) -> list[Scalar]:
+        return list(coefficients.unbind(-1))
+
+    def stack(self, scalars: Sequence[Scalar], like: Tensor) -> Tensor:
+        return torch.stack([s.to(like.dtype) for s in scalars], dim=-1)
+
+
+class _Any(torch.autograd.Function):
+    """Whether any element is true, over `torch.vmap`'s batches as well, so that a loop may stop on it."""
+
+    @staticmethod
+    def forward(condition: Tensor) -> Tensor:
+        return condition.any()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        return None
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        return None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, condition: Tensor) -> tuple[Tensor, None]:
+        return _Any.apply(condition), None
+
+
+def any_true(condition: Tensor | bool) -> bool:
+    """Whether any element is true; a synchronisation of the host with the device."""
+    return bool(_Any.apply(condition)) if isinstance(condition, Tensor) else bool(condition)
+
+
+class Basis:
+    """The orthonormal vectors of an Arnoldi or Lanczos process, kept side by side for fused products."""
+
+    def __init__(self, space: Space, first: Tensor, capacity: int) -> None:
+        self.space = space
+        self.shape = first.shape
+        self.count = 0
+        batch = first.shape[: space.batch_dims]
+        self.width = math.prod(first.shape[space.batch_dims :])
+        self._block = first.new_empty((*batch, capacity, self.width)) if space.in_place else None
+        self._list: list[Tensor] = []
+        self.append(first)
+
+    def append(self, vector: Tensor) -> None:
+        """Add one vector."""
+        flat = flatten(vector, self.space.batch_dims)
+        if self._block is None:
+            self._list.append(flat)
+        else:
+            self._block[..., self.count, :].copy_(flat)
+        self.count += 1
+
+    def _vectors(self) -> Tensor:
+        if self._block is None:
+            return torch.stack(self._list, dim=self.space.batch_dims)
+        return self._block[..., : self.count, :]
+
+    def __getitem__(self, index: int) -> Tensor:
+        flat = self._list[index] if self._block is None else self._block[..., index, :]
+        return flat.reshape(self.shape)
+
+    def project(self, w: Tensor) -> Tensor:
+        """`V^H w`: the coefficients of `w`, of shape `(*batch, count)`."""
+        flat = flatten(w, self.space.batch_dims)
+        return (self._vectors().conj() @ flat.unsqueeze(-1)).squeeze(-1)
+
+    def subtract(self, w: Tensor, coefficients: Tensor) -> Tensor:
+        """`w - V c`, written over `w` where updates are in place."""
+        part = self.combine(coefficients)
+        return w.sub_(part) if self.space.in_place else w - part
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """`V c` for coefficients of shape `(*batch, k)`, `k <= count`."""
+        vectors = self._vectors()[..., : coefficients.shape[-1], :]
+        return (coefficients.unsqueeze(-2) @ vectors).reshape(self.shape)
+
+
+def precise_norm(x: Tensor, batch_dims: int) -> Tensor:
+    """The norm of each system in float64, without overflow or underflow of the squares.
+
+    The stopping rule and the scaling of the right-hand side rest on it, so that a right-hand side of size 1e-30 in
+    float32, or 1e-200 in float64, is solved as well as one of size 1.
+    """
+    flat = flatten(x, batch_dims)
+    if flat.shape[-1] == 0:
+        return torch.zeros(flat.shape[:-1], dtype=torch.float64, device=x.device)
+    if real_dtype(x.dtype) != torch.float64:  # squares of a narrower type fit in float64
+        wide = torch.complex128 if x.dtype.is_complex else torch.float64
+        narrow_norm: Tensor = torch.linalg.vector_norm(flat, dim=-1, dtype=wide)
+        return narrow_norm
+    largest = torch.linalg.vector_norm(flat, ord=math.inf, dim=-1, keepdim=True)
+    usable = (largest > 0) & torch.isfinite(largest)
+    unit = flat / torch.where(usable, largest, 1.0)
+    norm: Tensor = largest * torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
+    return torch.where(usable, norm, largest).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the user's right-hand side, a tensor or a pytree of tensors, lies in one vector.
+
+    A single tensor passes as it is. Several leaves are packed into one buffer of shape `(*batch, n)`.
+    """
+
+    spec: Any
+    shapes: tuple[torch.Size, ...]
+    batch_dims: int
+
+    @classmethod
+    def of(cls, tree: Any, batch_dims: int) -> Layout:
+        """The layout of `tree`, whose leaves are tensors."""
+        leaves, spec = pytree.tree_flatten(tree)
+        return cls(spec, tuple(leaf.shape for leaf in leaves), batch_dims)
+
+    @property
+    def single(self) -> bool:
+        """Whether the vector is the user's own tensor."""
+        return bool(self.spec.is_leaf())
+
+    def pack(self, tree: Any) -> Tensor:
+        """The vector of a tree that has this layout."""
+        leaves = pytree.tree_leaves(tree)
+        if self.single:
+            return leaves[0]  # type: ignore[no-any-return]
+        return torch.cat([flatten(leaf, self.batch_dims) for leaf in leaves], dim=-1)
+
+    def unpack(self, vector: Tensor) -> Any:
+        """The tree whose vector this is."""
+        if self.single:
+            return pytree.tree_unflatten([vector], self.spec)
+        sizes = [math.prod(shape[self.batch_dims :]) for shape in self.shapes]
+        parts = vector.split(sizes, dim=-1)
+        # inside vmap and for broadcast batches the vector's own batch shape is the one that holds
+        leaves = [
+            part.reshape(*vector.shape[:-1], *shape[self.batch_dims :]) for part, shape in zip(parts, self.shapes, strict=True)
+        ]
+        return pytree.tree_unflatten(leaves, self.spec)
