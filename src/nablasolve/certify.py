@@ -26,10 +26,10 @@ SYMMETRY_SLACK = 1e3
 NULL_SLACK = 1e2
 
 
-def opening(norm_b: Tensor, residual_norm: Tensor, threshold: Tensor) -> Tensor:
+def opening(valid: Tensor, residual_norm: Tensor, threshold: Tensor) -> Tensor:
     """The status before the first step: NONFINITE, CONVERGED (zero `b`, exact `x0`) or RUNNING; one a system."""
     status = torch.where(residual_norm <= threshold, int(Status.CONVERGED), RUNNING)
-    return torch.where(torch.isfinite(norm_b) & torch.isfinite(residual_norm), status, int(Status.NONFINITE))
+    return torch.where(valid & torch.isfinite(residual_norm), status, int(Status.NONFINITE))
 
 
 def verdict(status: Tensor, ended: Tensor, before: Tensor, after: Tensor, threshold: Tensor, eps: float) -> Tensor:
@@ -49,13 +49,23 @@ def verdict(status: Tensor, ended: Tensor, before: Tensor, after: Tensor, thresh
     gained = after <= WORTHWHILE_GAIN * before
     crept = after < (1 - eps**0.5) * before
     code = torch.where(ended >= 0, ended, int(Status.STAGNATED))
-    restart = ((ended == CLAIMED) & gained) | ((ended == CYCLE_END) & crept)
-    restart |= ((ended == Status.BREAKDOWN) & gained) | ((ended == Status.STAGNATED) & crept)
+    restart = (ended == CLAIMED) & gained
+    restart |= ((ended == CYCLE_END) | (ended == Status.BREAKDOWN) | (ended == Status.STAGNATED)) & crept
     code = torch.where(restart, RUNNING, code)
     final = (ended == Status.STOPPED) | (ended == Status.NONFINITE)
     code = torch.where((after <= threshold) & ~final, int(Status.CONVERGED), code)
     code = torch.where(torch.isfinite(after), code, int(Status.NONFINITE))
     return torch.where(status == RUNNING, code, status)
+
+
+def useless(status: Tensor, before: Tensor, after: Tensor, first_cycle: bool, eps: float) -> Tensor:
+    """Where the correction of a cycle is not to be taken: it is not finite, or made the residual larger.
+
+    The residual of an unfinished first cycle may well rise before it falls, and its iterate is the method's own; but what
+    has grown by half the digits of the dtype is rounding.
+    """
+    unfinished = ((status == Status.MAXITER) | (status == Status.STOPPED)) & first_cycle
+    return ~torch.isfinite(after) | (after > before * torch.where(unfinished, eps**-0.5, 1.0))
 
 
 def unexplained(status: Tensor) -> Tensor:
@@ -67,6 +77,7 @@ def unexplained(status: Tensor) -> Tensor:
 def diagnose(
     space: Space,
     A: Callable[[Tensor], Tensor],
+    A_adjoint: Callable[[Tensor], Tensor] | None,
     b: Tensor,
     x: Tensor,
     r: Tensor,
@@ -78,7 +89,7 @@ def diagnose(
     """Say more exactly why a solve failed, by a few products with `u = b / |b|` and with unit vectors `q`.
 
     `(Au)^H (Au) != u^H A (Au)` shows an operator that is not Hermitian, though it is claimed to be. The final residual
-    `r` and the last `direction` of zero curvature may show a singular operator that cannot reach `b`: `A q ~ 0` while
+    `r` and the last `direction` of zero curvature may show a singular operator that cannot reach `b`: `A^H q ~ 0` while
     `q^H b` is not small (INCONSISTENT); or, where definiteness is claimed, an operator that is not: `q^H A q <= 0`. All
     beside `|A|`, as these products show it.
     """
@@ -107,8 +118,10 @@ def diagnose(
     if direction is not None:
         suspects.append((direction, (NULL_SLACK * tolerance.new_tensor(eps)).sqrt()))
     for suspect, tolerance in suspects:
+        if A_adjoint is None:
+            break
         q = unit(suspect)
-        Aq = A(q)
+        Aq = A_adjoint(q)
         null = wide(space.norm(Aq)) <= tolerance * norm_A
         touched = wide(abs(space.dot(q, u))) > tolerance
         undecided = failed & (status != Status.NOT_HERMITIAN)

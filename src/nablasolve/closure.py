@@ -1,17 +1,15 @@
 """From a callable to a pure function and the tensors it depends on.
 
 A user's `A` is any callable, and the tensors that it reads stand in closures, modules, bound methods and helpers.
-Running it once under a `TorchFunctionMode` shows every tensor that enters an operation and was not made inside: the
-*recorded* tensors. `Closure.apply(v, given)` is then a pure function of the vector and of one given tensor for each
-recorded one.
+Running it once under a `TorchFunctionMode` shows every *outside* tensor: one that enters an operation and was not made
+inside. Those through which a derivative or a batch can come are the *recorded* tensors, and `Closure.apply(v, given)` is
+a pure function of the vector and of one given tensor for each of them.
 
-Two ways to evaluate it, one for each of PyTorch's worlds:
-
-* Outside `torch.func` transforms a given tensor *is* the recorded one (or shares its autograd edge), so the callable
-  runs as it is, and autograd differentiates it with respect to the tensors themselves. User functions that no mode can
-  see into (`torch.autograd.Function.apply`) are differentiated as well.
-* Inside a transform a given tensor is the recorded one at another level. The same mode then puts the given tensor
-  wherever the recorded one enters an operation.
+It runs the callable again under the same mode, which puts the given tensor wherever the recorded one enters an operation.
+An outside tensor that was not there when recording, because a loop has bound the closure's variable to the next tensor or
+`torch.func.functional_call` has put the old parameter back, takes the given tensor of its position in the order of entry.
+What no mode can see into, such as `torch.autograd.Function.apply` outside transforms, works as long as the given tensors
+are the recorded ones; autograd then differentiates with respect to those. Each graph is searched for a lost dependency.
 """
 
 from __future__ import annotations
@@ -31,6 +29,11 @@ from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 _functorch = torch._C._functorch
 
 PARAMS_REMEDY = "Pass the tensor through params=: solve(A, b, params=(tensor,)), with A called as A(v, tensor)."
+
+HIDDEN_BY_TRANSFORM = (
+    "A hands a captured tensor to a torch.func transform of its own, and the tensor would have to be replaced there because "
+    "another transform runs outside. " + PARAMS_REMEDY
+)
 
 
 def transforms_active() -> bool:
@@ -58,58 +61,103 @@ def transparent() -> Iterator[None]:
         yield
 
 
-class _Recorder(TorchFunctionMode):
-    """Collects the tensors that enter operations and were not made inside."""
+class _Trace(TorchFunctionMode):
+    """Follows one run of `A`: `enter` is told of every tensor that enters an operation, and says what takes its place."""
 
-    def __init__(self, made: Sequence[Tensor]) -> None:
+    def __init__(self, inside: Sequence[Tensor]) -> None:
         super().__init__()
         self.level = _level_now()
         self.made = WeakIdKeyDictionary()
-        for tensor in made:
+        for tensor in inside:
             self.made[tensor] = True
-        self.recorded: list[tuple[Tensor, int]] = []
-        self.seen = WeakIdKeyDictionary()
+        self.stand_in = WeakIdKeyDictionary()  # of each outside tensor: itself, or what replaces it
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for leaf in pytree.tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self._enter(leaf)
+        args, kwargs = pytree.tree_map_only(Tensor, self._replace, (args, kwargs or {}))
         result = func(*args, **kwargs)
         for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf not in self.seen:
+            if isinstance(leaf, Tensor) and leaf not in self.stand_in:
                 self.made[leaf] = True
         return result
 
-    def _enter(self, tensor: Tensor) -> None:
-        if tensor in self.made or tensor in self.seen:
-            return
-        self.seen[tensor] = True
+    def _replace(self, tensor: Tensor) -> Tensor:
+        if tensor in self.made:
+            return tensor
+        if tensor not in self.stand_in:
+            self.stand_in[tensor] = self._enter(tensor)
+        replacement: Tensor = self.stand_in[tensor]
+        return replacement
+
+    def _enter(self, tensor: Tensor) -> Tensor:
         base = tensor
-        while _functorch.maybe_get_level(base) > self.level:  # A runs a transform of its own: look beneath it
-            base = _functorch.get_unwrapped(base)
-        if base is not tensor:
-            if base in self.made or base in self.seen:
-                return
-            self.seen[base] = True
-            if self.level > 0 and _carries_derivative(base):
-                raise RuntimeError(
-                    "A hands a captured tensor to a torch.func transform of its own while another transform runs outside, "
-                    "where the tensor cannot be replaced. " + PARAMS_REMEDY
-                )
-        self.recorded.append((base, _version(base)))
+        while _functorch.maybe_get_level(base) > self.level and not self.known(base):
+            base = _functorch.get_unwrapped(base)  # A runs a transform of its own: look beneath its wrapper
+            if base in self.made:
+                return tensor
+        if base is tensor:
+            return self.enter(tensor)
+        if base not in self.stand_in:
+            self.stand_in[base] = base
+            self.enter_beneath(base)
+        return tensor
+
+    def enter_beneath(self, base: Tensor) -> None:
+        """Take note of a new outside tensor that `A` has wrapped for a transform of its own."""
+        raise NotImplementedError
+
+    def known(self, tensor: Tensor) -> bool:
+        """Whether the tensor is one of those to look out for."""
+        return False
+
+    def enter(self, tensor: Tensor) -> Tensor:
+        """Take note of a new outside tensor; return what is to take its place."""
+        raise NotImplementedError
 
 
-class _Substitution(TorchFunctionMode):
-    """Puts a given tensor wherever a recorded one enters an operation."""
+class _Recording(_Trace):
+    """Notes the outside tensors in the order in which they enter."""
 
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        super().__init__()
-        self.given = {id(old): new for old, new in pairs}
+    def __init__(self, inside: Sequence[Tensor]) -> None:
+        super().__init__(inside)
+        self.outside: list[tuple[Tensor, int]] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: self.given.get(id(t), t), (args, kwargs or {}))
-        return func(*args, **kwargs)
+    def enter(self, tensor: Tensor) -> Tensor:
+        self.outside.append((tensor, _version(tensor)))
+        return tensor
+
+    def enter_beneath(self, base: Tensor) -> None:
+        if self.level > 0 and _carries_derivative(base):
+            raise RuntimeError(HIDDEN_BY_TRANSFORM)
+        self.enter(base)
+
+
+class _Replay(_Trace):
+    """Puts the given tensors in the places of the recorded ones."""
+
+    def __init__(self, inside: Sequence[Tensor], order: Sequence[Tensor | None], cached: Any, given: Any) -> None:
+        super().__init__(inside)
+        self.order, self.cached, self.given = order, cached, given
+        self.count = 0
+        self.replaced = False
+
+    def known(self, tensor: Tensor) -> bool:
+        return tensor in self.given
+
+    def enter(self, tensor: Tensor) -> Tensor:
+        recorded: Tensor | None = tensor
+        if tensor not in self.given and tensor not in self.cached and self.count < len(self.order):
+            recorded = self.order[self.count]
+            if recorded is None or (recorded.shape, recorded.dtype) != (tensor.shape, tensor.dtype):
+                recorded = tensor
+        self.count += 1
+        replacement: Tensor = self.given.get(recorded, recorded)
+        self.replaced |= not _same_edge(replacement, tensor)
+        return replacement if self.replaced else tensor
+
+    def enter_beneath(self, base: Tensor) -> None:
+        self.count += 1
+        if base in self.given and not _same_edge(self.given[base], base):
+            raise RuntimeError(HIDDEN_BY_TRANSFORM)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,14 +167,18 @@ class Closure:
     Attributes:
         function: the callable, `function(v, *declared)`.
         recorded: the tensors it depends on through which a derivative or a batch can come, the declared ones first.
-        constants: the other tensors it reads, with the version at which they were recorded.
         declared: how many of the recorded tensors are arguments of the callable.
+        order: the outside tensors in the order of entry; None for what an operation unseen by the mode has made.
+        versions: their in-place versions at recording; -1 for a tensor that `A` itself writes to, such as a counter.
+        cached: tensors that the recorded run has made and that live on, because `A` keeps them.
     """
 
     function: Callable[..., Tensor]
     recorded: tuple[Tensor, ...] = ()
-    constants: tuple[tuple[TensorWeakRef, int], ...] = ()
     declared: int = 0
+    order: tuple[Tensor | None, ...] = ()
+    versions: tuple[int, ...] = ()
+    cached: Any = ()
 
     @property
     def dense(self) -> bool:
@@ -142,44 +194,63 @@ class Closure:
         """
         v = example.detach()
         first_inside = torch._C._autograd._get_sequence_nr()
-        with torch.enable_grad(), transparent(), _Recorder([v, *params]) as recorder:
+        with torch.enable_grad(), transparent(), _Recording([v, *params]) as trace:
             result = function(v, *params)
         # what an operation that no mode sees has made inside is no input, though it was not seen being made
-        found = [(t, v) for t, v in recorder.recorded if t.grad_fn is None or t.grad_fn._sequence_nr() < first_inside]
-        inputs = (*params, *(t for t, _ in found if _carries_derivative(t)))
-        _check_nothing_is_lost(result, inputs, recorder.made, first_inside)
-        # a tensor that A itself writes to, such as a counter, is not part of what A is
-        constants = tuple(
-            (TensorWeakRef(t), version) for t, version in found if not _carries_derivative(t) and _version(t) == version
-        )
-        return cls(function, inputs, constants, len(params))
+        inputs = [t for t, _ in trace.outside if _carries_derivative(t) and not _made_since(t, first_inside)]
+        recorded = (*params, *inputs)
+        _check_nothing_is_lost(result, recorded, trace.made, first_inside)
+        # nor is a tensor that dies with the run
+        references = [(TensorWeakRef(t), version) for t, version in trace.outside if not _made_since(t, first_inside)]
+        made = trace.made
+        del result, trace, v
+        order = tuple(reference() for reference, _ in references)
+        versions = tuple(-1 if t is None or _version(t) != n else n for t, (_, n) in zip(order, references, strict=True))
+        return cls(function, recorded, len(params), order, versions, made)
 
     def apply(self, v: Tensor, given: Sequence[Tensor]) -> Tensor:
         """`A v`, with `given[i]` in the place of `recorded[i]`."""
-        active = transforms_active()
-        params, found = given[: self.declared], given[self.declared :]
-        pairs = [
-            (r, g)
-            for r, g in zip(self.recorded[self.declared :], found, strict=True)
-            if r is not g and (active or is_wrapped(r))
-        ]
-        if not pairs:
-            return self.function(v, *params)
-        with transparent(), _Substitution(pairs):
+        return self._replay(v, given)[0]
+
+    def _replay(self, v: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, bool]:
+        """`A v`, and whether any tensor was replaced on the way."""
+        params = given[: self.declared]
+        if not self.order:
+            return self.function(v, *params), False
+        places = WeakIdKeyDictionary(zip(self.recorded[self.declared :], given[self.declared :], strict=True))
+        first_inside = torch._C._autograd._get_sequence_nr()
+        with transparent(), _Replay([v, *params], self.order, self.cached, places) as trace:
             result = self.function(v, *params)
-        if not active and is_wrapped(result):
-            raise RuntimeError("A depends on a tensor of a torch.func transform that cannot be found. " + PARAMS_REMEDY)
-        return result
+        if trace.replaced:
+            if is_wrapped(result) and not any(is_wrapped(t) for t in (v, *given)):
+                raise RuntimeError("A depends on a tensor of a torch.func transform that cannot be found. " + PARAMS_REMEDY)
+            if torch.is_grad_enabled():
+                _check_nothing_is_lost(result, (v, *given), trace.made, first_inside)
+        return result, trace.replaced
+
+    def bind(self, given: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+        """`v -> A v` for one choice of the given tensors; where the first call replaces nothing, later ones cost nothing."""
+        direct = False
+
+        def bound(v: Tensor) -> Tensor:
+            nonlocal direct
+            if direct:
+                return self.function(v, *params)
+            result, replaced = self._replay(v, given)
+            direct = not replaced
+            return result
+
+        params = given[: self.declared]
+        return bound
 
     def check_constants(self) -> None:
-        """Raise if a tensor that A reads, but that needs no gradient itself, was changed in place since recording.
+        """Raise if a tensor that A reads was changed in place since recording.
 
         Raises:
             RuntimeError: naming shape and dtype of the tensor.
         """
-        for reference, version in self.constants:
-            tensor = reference()
-            if tensor is not None and _version(tensor) != version:
+        for tensor, version in zip(self.order, self.versions, strict=True):
+            if tensor is not None and version >= 0 and _version(tensor) != version:
                 raise RuntimeError(
                     f"A tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype} that A depends on was modified by an "
                     "inplace operation between the forward solve and the backward pass, so that the adjoint of the operator "
@@ -191,7 +262,8 @@ class Closure:
 
         `in_dims[i]` is 0 where `given[i]` has that dimension and None where it has not.
         """
-        return _Vmapped(self.function, self.recorded, self.constants, self.declared, base=self, in_dims=tuple(in_dims))
+        own = (self.function, self.recorded, self.declared, self.order, self.versions, self.cached)
+        return _Vmapped(*own, base=self, in_dims=tuple(in_dims))
 
     def matrix(self, given: Sequence[Tensor]) -> Tensor | None:
         """The dense matrix, of shape `(*batch, n, n)` with sizes 1 where it is shared; None for a function."""
@@ -207,12 +279,11 @@ class _Vmapped(Closure):
     def dense(self) -> bool:
         return self.base.dense
 
-    def apply(self, v: Tensor, given: Sequence[Tensor]) -> Tensor:
+    def _replay(self, v: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, bool]:
         def one(v: Tensor, *given: Tensor) -> Tensor:
             return self.base.apply(v, given)
 
-        result: Tensor = torch.vmap(one, in_dims=(0, *self.in_dims))(v, *given)
-        return result
+        return torch.vmap(one, in_dims=(0, *self.in_dims))(v, *given), True
 
     def matrix(self, given: Sequence[Tensor]) -> Tensor | None:
         if not self.dense:
@@ -254,6 +325,12 @@ def matvec(matrix: Tensor, v: Tensor) -> Tensor:
     return (matrix @ v.unsqueeze(-1)).squeeze(-1)
 
 
+def _unwrapped_to(tensor: Tensor, level: int) -> Tensor:
+    while _functorch.maybe_get_level(tensor) > level:
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def _level_now() -> int:
     level = _functorch.maybe_current_level()
     return 0 if level is None else int(level)
@@ -266,11 +343,22 @@ def _version(tensor: Tensor) -> int:
     return int(tensor._version)
 
 
+def _made_since(tensor: Tensor, first_inside: int) -> bool:
+    """Whether an operation that is not older than `first_inside` has made the tensor."""
+    return tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= first_inside
+
+
+def _same_edge(a: Tensor, b: Tensor) -> bool:
+    """Whether a derivative with respect to `a` is one with respect to `b`: the same tensor, or the same place in the graph."""
+    return a is b or (a.grad_fn is not None and a.grad_fn is b.grad_fn and a.output_nr == b.output_nr)
+
+
 def _carries_derivative(tensor: Tensor) -> bool:
     """Whether a gradient, a tangent or a batch can come through the tensor."""
     if tensor.requires_grad or is_wrapped(tensor):
         return True
-    return is_differentiable(tensor) and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+    dense = tensor.layout == torch.strided  # no other layout holds a tangent
+    return dense and is_differentiable(tensor) and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _check_nothing_is_lost(result: Any, inputs: Sequence[Tensor], made: WeakIdKeyDictionary, first_inside: int) -> None:
@@ -282,6 +370,8 @@ def _check_nothing_is_lost(result: Any, inputs: Sequence[Tensor], made: WeakIdKe
     layers = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     known = list(inputs)
     while layers:
+        level = max(_functorch.maybe_get_level(t) for t in layers)
+        known = [_unwrapped_to(t, level) for t in known]
         stack: list[tuple[Any, int]] = [(t.grad_fn, t.output_nr) for t in layers if t.grad_fn is not None]
         edges = {(t.grad_fn, t.output_nr) for t in known if t.grad_fn is not None}
         leaves = WeakIdKeyDictionary({t: True for t in known if t.requires_grad and t.grad_fn is None})
@@ -303,4 +393,3 @@ def _check_nothing_is_lost(result: Any, inputs: Sequence[Tensor], made: WeakIdKe
                 )
             stack.extend(node.next_functions)
         layers = [_functorch.get_unwrapped(t) for t in layers if is_wrapped(t)]
-        known = [_functorch.get_unwrapped(t) if is_wrapped(t) else t for t in known]

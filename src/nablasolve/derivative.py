@@ -15,6 +15,7 @@ transform.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +25,15 @@ from torch.autograd import forward_ad
 from .closure import is_differentiable, transforms_active, transparent
 from .drive import solve_concretely
 from .problem import Problem
-from .vectors import precise_norm
+from .vectors import any_true, precise_norm
 
 _functorch = torch._C._functorch
+
+NO_SECOND_SPARSE_DERIVATIVE = (
+    "A second derivative (create_graph=True) through a sparse Tensor A is not to be had: torch's own sparse tensors drop it in "
+    "silence. Detach A if it is wanted for b alone; else write A as a function of its values: "
+    "solve(lambda v, values: torch.zeros_like(v).index_add(0, rows, values * v[columns]), b, params=(values,))."
+)
 
 # How far the residual of the solution may exceed what was certified before A is taken to have changed.
 CHANGE_SLACK = 10.0
@@ -58,7 +65,8 @@ class _Solve(torch.autograd.Function):
         x, report, history, *kept = output
         ctx.mark_non_differentiable(report, history, *kept)
         ctx.set_materialize_grads(False)
-        ctx.problem, ctx.count, ctx.inputs, ctx.outputs = problem, count, len(inputs), len(output)
+        ctx.problem, ctx.count = replace(problem, known=False) if problem.known else problem, count
+        ctx.inputs, ctx.outputs = len(inputs), len(output)
         saved = (x, b, report, *tensors[:count], *(tensors[count:] or kept))
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
@@ -69,7 +77,8 @@ class _Solve(torch.autograd.Function):
         if x_bar is None:
             return tuple(grads)
         problem: Problem = ctx.problem
-        x, b, report, *tensors = ctx.saved_tensors
+        # the pull-back of torch.func.vjp runs after its transform has ended, and its tensors are wrapped no more
+        x_bar, x, b, report, *tensors = (_functorch.unwrap_if_dead(t) for t in (x_bar, *ctx.saved_tensors))
         given: list[Tensor] = tensors[: ctx.count]
         for closure in problem.closures:
             if closure is not None:
@@ -78,10 +87,10 @@ class _Solve(torch.autograd.Function):
         grads[1] = adjoint
         needed = ctx.needs_input_grad[4:]
         wanted = [i for i in range(len(problem.operator.recorded)) if needed[i] and is_differentiable(given[i])]
-        if transforms_active():
-            parts = _pull_back_in_transform(problem, x, given, wanted, adjoint)
-        else:
-            parts = _pull_back(problem, x, given, wanted, adjoint, lambda y: _check_unchanged(problem, b, y, report))
+        if torch.is_grad_enabled() and any(_is_stored_in_sparse(given[i]) for i in wanted):
+            raise RuntimeError(NO_SECOND_SPARSE_DERIVATIVE)
+        pull_back = _pull_back_in_transform if transforms_active() else _pull_back
+        parts = pull_back(problem, x, given, wanted, adjoint, lambda y: _check_unchanged(problem, b, y, report))
         for i, part in zip(wanted, parts, strict=True):
             grads[4 + i] = None if part is None else -part
         return tuple(grads)
@@ -91,7 +100,9 @@ class _Solve(torch.autograd.Function):
         problem: Problem = ctx.problem
         # a Function's jvp runs with forward gradients switched off, which would silence every nested derivative
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-            x, _, _, *tensors = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
+            x, b, _, *tensors = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
+            if not transforms_active():  # plain autograd has not attached x to its graph yet, and dA x depends on it
+                x = _apply(replace(problem.tangent, known=True), b, x.detach(), ctx.count, *tensors)[0]
             rhs = torch.zeros_like(x) if tangents[1] is None else tangents[1]
             change = _push_forward(problem, x, tensors[: ctx.count], tangents[4 : 4 + len(problem.operator.recorded)])
             dx = _apply(problem.tangent, rhs if change is None else rhs - change, None, ctx.count, *tensors)[0]
@@ -139,16 +150,26 @@ def _apply(problem: Problem, b: Tensor, x0: Tensor | None, count: int, *tensors:
 
 
 def _pull_back_in_transform(
-    problem: Problem, x: Tensor, given: Sequence[Tensor], wanted: Sequence[int], cotangent: Tensor
+    problem: Problem,
+    x: Tensor,
+    given: Sequence[Tensor],
+    wanted: Sequence[int],
+    cotangent: Tensor,
+    check: Callable[[Tensor], None],
 ) -> Sequence[Tensor | None]:
-    """`(∂(A(θ) x)/∂θ_i)^H cotangent` for the wanted `i`, differentiable at every level of `torch.func`."""
+    """`(∂(A(θ) x)/∂θ_i)^H cotangent` for the wanted `i`, differentiable at every level of `torch.func`.
+
+    `check` sees the product `A x` that this costs.
+    """
     if not wanted:
+        check(problem.differentiable_apply(x, given))
         return []
 
     def of_parameters(*parameters: Tensor) -> Tensor:
         return problem.differentiable_apply(x, _replaced(given, wanted, parameters))
 
-    pull_back = torch.func.vjp(of_parameters, *(given[i] for i in wanted))[1]
+    y, pull_back = torch.func.vjp(of_parameters, *(given[i] for i in wanted))[:2]
+    check(y)
     parts: Sequence[Tensor | None] = pull_back(cotangent)
     return parts
 
@@ -161,7 +182,7 @@ def _pull_back(
     cotangent: Tensor,
     check: Callable[[Tensor], None],
 ) -> Sequence[Tensor | None]:
-    """The same outside transforms, by plain autograd; `check` sees the product `A x` that this costs."""
+    """The same outside transforms, by plain autograd."""
     if not wanted:
         with torch.no_grad():
             check(problem.differentiable_apply(x, given))
@@ -172,11 +193,11 @@ def _pull_back(
             start = x.view_as(x)
         if not start.requires_grad:
             start.requires_grad_()
-        y = problem.differentiable_apply(start, given)
+        parameters = [given[i] if given[i].requires_grad else given[i].detach().requires_grad_() for i in wanted]
+        y = problem.differentiable_apply(start, _replaced(given, wanted, parameters))
         check(y)
         if not y.requires_grad:
             return [None] * len(wanted)
-        parameters = [given[i] for i in wanted]
         # x depends on θ as well, but θ̄ is the part that does not go through x
         with _Cut([start, *parameters]):
             return torch.autograd.grad(y, parameters, cotangent, create_graph=again, retain_graph=True, allow_unused=True)
@@ -191,7 +212,7 @@ def _check_unchanged(problem: Problem, b: Tensor, y: Tensor, report: Tensor) -> 
     with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         norm_b = precise_norm(b, problem.batch_dims)
         residual = precise_norm(b - y, problem.batch_dims) / torch.where(norm_b > 0, norm_b, 1.0)
-        if (residual > CHANGE_SLACK * torch.clamp(report[..., 3], min=problem.options.rtol)).any():
+        if any_true(residual > CHANGE_SLACK * torch.clamp(report[..., 3], min=problem.options.rtol)):
             raise RuntimeError(
                 "A changed between the forward solve and the backward pass: applied to the solution it no longer gives b, "
                 "so that its adjoint is not that of the system that was solved. Keep what A reads unchanged until backward "
@@ -237,6 +258,11 @@ def _push_forward(problem: Problem, x: Tensor, given: Sequence[Tensor], tangents
     push_forward = torch.func.vjp(pull_back, torch.zeros_like(x))[1]
     (change,) = push_forward(tuple(directions))
     return change
+
+
+def _is_stored_in_sparse(values: Tensor) -> bool:
+    """Whether these are the values of a sparse tensor, through which the gradient goes on."""
+    return values.grad_fn is not None and values.grad_fn.name() == "ValuesBackward0"
 
 
 def _replaced(given: Sequence[Tensor], indices: Sequence[int], values: Sequence[Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from .closure import is_wrapped
 from .info import SolveInfo, Status, read_report
 from .methods.base import CLAIMED, RUNNING, Correction
 from .problem import Problem, Transpose
-from .vectors import HostSpace, Scalar, Space, TensorSpace, precise_norm
+from .vectors import HostSpace, Scalar, Space, TensorSpace, accumulator_dtype, any_true, precise_norm, real_dtype
 
 logger = logging.getLogger("nablasolve")
 
@@ -90,6 +90,9 @@ def solve_concretely(
     Raises:
         ConvergenceError: under `on_failure="raise"`.
     """
+    if problem.known:
+        assert x0 is not None
+        return _known(x0, problem.batch_dims)
     with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
         outcome = run(problem, b, x0, given, kept)
         info = read_report(outcome.report, outcome.history if problem.history else None, problem.options.method.name,
@@ -100,6 +103,12 @@ def solve_concretely(
         x = problem.layout.unpack(outcome.x) if problem.batch_dims == problem.layout.batch_dims else outcome.x
         certify.enforce(problem.options.on_failure, problem.phase, x, info)
     return outcome
+
+
+def _known(x: Tensor, batch_dims: int) -> Outcome:
+    """The outcome of a solve that was done before; its residual is not known any more, which is what infinity says."""
+    report = torch.full((*x.shape[:batch_dims], 6), torch.inf, dtype=torch.float64, device=x.device)
+    return Outcome(x.clone(), report, report[..., :0], ())
 
 
 def _all_converged(info: SolveInfo) -> bool:
@@ -120,10 +129,10 @@ def run(
     Each cycle solves the correction equation `A d = r / |r|` for the true residual `r = b - A x`, adds `|r| d` to `x`,
     recomputes the residual, and lets `certify` decide.
     """
-    options, batch_dims = problem.options, problem.batch_dims
+    options, method, batch_dims = problem.options, problem.options.method, problem.batch_dims
     space: Space
     if batch_dims == 0 and b.device.type == "cpu" and not unroll and not is_wrapped(b):
-        space = HostSpace()
+        space = HostSpace(b)
     else:
         space = TensorSpace(batch_dims, in_place=not unroll)
     parts = problem.split(given)
@@ -134,110 +143,82 @@ def run(
 
     norm_b = precise_norm(b.detach(), batch_dims)
     threshold = torch.clamp(options.rtol * norm_b, min=0.0 if problem.derived else options.atol)
-    finite = torch.isfinite(norm_b)
-    if space.any(~finite):
-        b = torch.where(_spread(finite, b), b, 0.0)
-    x = None if x0 is None else torch.where(_spread(norm_b > 0, x0), x0, 0.0)  # a copy; zero solves a zero b exactly
+    valid = torch.isfinite(norm_b)
+    b = _where(valid, b)
+    x = None
+    if x0 is not None:
+        finite = torch.isfinite(precise_norm(x0.detach(), batch_dims))
+        x = _where(finite & (norm_b > 0), x0)  # a copy; and zero solves a zero b exactly
+        valid = valid & (finite | (norm_b == 0))
     r = b if x is None else b - A(x)
     norm_r = precise_norm(r.detach(), batch_dims)
-    status = certify.opening(norm_b, norm_r, threshold)
+    status = certify.opening(valid, norm_r, threshold)
     iterations: Scalar = space.full(0, b)
-    history = [norm_r] if problem.history else []
-    method, steps = options.method, 0
-    watch = _Watch(problem)
+    watch = _Watch(problem, norm_r)
+    rescaled = _Rescaled(A, space) if M is None and matrix is None else None
     first_cycle, direction = True, None
 
-    while space.any(status == RUNNING):
+    while True:
         spent = torch.as_tensor(iterations >= options.maxiter, device=b.device)
         status = torch.where((status == RUNNING) & spent, int(Status.MAXITER), status)
-        if not space.any(status == RUNNING):
+        running = status == RUNNING
+        if not space.any(running):
             break
-        scale = torch.where(status == RUNNING, norm_r, 0.0)
-        equation = _correction(problem, space, A, M, r, scale, threshold, options.maxiter, matrix, kept)
+        scale = torch.where(running, norm_r, 1.0)
+        target = threshold / scale
+        equation = Correction(
+            space=space,
+            apply=A if rescaled is None else rescaled,
+            preconditioner=M,
+            rhs=_where(running, _divide(r, scale)),
+            target=target.item() if isinstance(space, HostSpace) else target.to(accumulator_dtype(real_dtype(b.dtype))),
+            steps=options.maxiter,
+            matrix=matrix,
+            kept=kept,
+            adjoint_of_kept=problem.transposed,
+        )
         state = method.init(equation)
         while True:
-            running = state.running
-            if not space.any(running):
+            active = state.running
+            if not space.any(active):
                 break
             state = method.step(state)
-            steps, iterations = steps + 1, iterations + running
+            iterations = iterations + active
             state.stop(Status.NONFINITE, space.nonfinite(state.residual_norm))
             state.stop(CLAIMED, state.residual_norm <= equation.target)
-            if watch.wanted:
-                norm = torch.as_tensor(state.residual_norm, dtype=torch.float64, device=b.device).detach() * scale
-                norm = torch.where(status == RUNNING, norm, norm_r)
-                if problem.history:
-                    history.append(norm)
-                if watch.stops(steps, norm):
-                    state.stop(Status.STOPPED, state.running)
+            if watch.wanted and watch.stops(state.residual_norm, scale, running, norm_r):
+                state.stop(Status.STOPPED, state.running)
             state.stop(Status.MAXITER, iterations >= options.maxiter)
         kept, direction = kept or method.keep(state), method.direction(state)
         d = method.solution(state)
-        ended = torch.as_tensor(state.status, device=b.device)
-        correction = _rescaled(d, scale)
+        correction = _rescale(d if rescaled is None else rescaled.restore(d), scale)
         x_new = correction if x is None else x + correction
         r_new = b - A(x_new)
         norm_new = precise_norm(r_new.detach(), batch_dims)
-        verdict = certify.verdict(status, ended, norm_r, norm_new, threshold, equation.epsilon)
-        # a correction that is not finite, or that made a system worse instead of better, is not taken; but the iterate of
-        # an unfinished first cycle is the method's own, whose residual may rise before it falls
-        unfinished = (verdict == Status.MAXITER) | (verdict == Status.STOPPED)
-        worse = (norm_new > norm_r) & ~(unfinished & first_cycle)
-        bad = ~torch.isfinite(norm_new) | (worse & (status == RUNNING))
-        if space.any(bad):
-            keep = _spread(~bad, x_new)
-            x_new = torch.where(keep, x_new, torch.zeros_like(x_new) if x is None else x)
-            r_new, norm_new = torch.where(keep, r_new, r), torch.where(bad, norm_r, norm_new)
-        first_cycle = False
-        x, r, norm_r, status = x_new, r_new, norm_new, verdict
+        ended = torch.as_tensor(state.status, device=b.device)
+        code = certify.verdict(status, ended, norm_r, norm_new, threshold, equation.epsilon)
+        refused = ~running | certify.useless(code, norm_r, norm_new, first_cycle, equation.epsilon)
+        if space.any(refused):
+            x_new = _where(~refused, x_new, x)
+            r_new, norm_new = _where(~refused, r_new, r), torch.where(refused, norm_r, norm_new)
+        x, r, norm_r, status, first_cycle = x_new, r_new, norm_new, code, False
     watch.close()
 
     if x is None:
-        x = torch.zeros_like(b, memory_format=torch.contiguous_format)
-        if unroll:
-            x = x + 0 * b
+        x = b * 0 if unroll else torch.zeros_like(b, memory_format=torch.contiguous_format)
     hermitian = problem.hermitian or method.hermitian
-    definite = problem.positive_definite or method.positive_definite
-    if steps > 0 and space.any(certify.unexplained(status)):
+    if not first_cycle and space.any(certify.unexplained(status)):
+        definite = problem.positive_definite or method.positive_definite
+        A_adjoint = A if hermitian else _adjoint_or_none(problem, b, parts)
         with torch.no_grad():
-            status = certify.diagnose(space, A, b, x, r, direction, status, hermitian, definite)
-    if problem.transposed and (hermitian or problem.operator_adjoint is not None):
+            status = certify.diagnose(space, A, A_adjoint, b, x, r, direction, status, hermitian, definite)
+    if problem.transposed and (hermitian or problem.user_adjoint):
         status, norm_r = _check_claimed_adjoint(problem, b, x, parts[0], status, norm_r, threshold)
     matvecs, rmatvecs = _counts(problem, A)
     relative = torch.where(norm_b > 0, norm_r / torch.where(norm_b > 0, norm_b, 1.0), norm_r)
     columns = (status, iterations, norm_r, relative, matvecs, rmatvecs)
     report = torch.stack([torch.as_tensor(c, device=b.device).to(norm_b).expand_as(norm_b) for c in columns], dim=-1)
-    past = torch.stack(history, dim=-1) if history else norm_b.new_empty((*norm_b.shape, 0))
-    return Outcome(x, report, past, kept)
-
-
-def _correction(
-    problem: Problem,
-    space: Space,
-    A: _Operator,
-    M: Callable[[Tensor], Tensor] | None,
-    r: Tensor,
-    scale: Tensor,
-    threshold: Tensor,
-    steps: int,
-    matrix: Tensor | None,
-    kept: tuple[Tensor, ...],
-) -> Correction:
-    """The equation `A d = r / scale`, with a zero right-hand side for the systems whose scale is zero."""
-    safe = torch.where(scale > 0, scale, 1.0)
-    rhs = torch.where(_spread(scale > 0, r), _divide(r, safe), 0.0)
-    target = threshold / safe
-    return Correction(
-        space=space,
-        apply=A,
-        preconditioner=M,
-        rhs=rhs.contiguous(),
-        target=target.item() if isinstance(space, HostSpace) else target.to(rhs.real.dtype),
-        steps=steps,
-        matrix=matrix,
-        kept=kept,
-        adjoint_of_kept=problem.transposed,
-    )
+    return Outcome(x, report, watch.history(), kept)
 
 
 def _spread(a: Tensor, x: Tensor) -> Tensor:
@@ -245,15 +226,54 @@ def _spread(a: Tensor, x: Tensor) -> Tensor:
     return a.reshape(a.shape + (1,) * (x.ndim - a.ndim))
 
 
+def _where(condition: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
+    """A new tensor: the systems of `x` where the condition holds, those of `other`, by default zero, elsewhere."""
+    return torch.where(_spread(condition, x), x, 0.0 if other is None else other).contiguous()
+
+
 def _divide(x: Tensor, by: Tensor) -> Tensor:
     """`x / by`, computed in float64 where a narrow dtype could overflow or underflow on the way."""
     return (x / _spread(by, x)).to(x.dtype)
 
 
-def _rescaled(d: Tensor, scale: Tensor) -> Tensor:
-    """`scale d`, zero where the scale is zero."""
-    factor = _spread(scale, d)
-    return torch.where(factor != 0, d * factor, 0.0).to(d.dtype)
+def _rescale(d: Tensor, scale: Tensor) -> Tensor:
+    """`scale d`, likewise."""
+    return (d * _spread(scale, d)).to(d.dtype)
+
+
+class _Rescaled:
+    """`v -> A v / s` with a power of two `s` near `|A|`, where products of squares would leave the range of the dtype.
+
+    A Krylov method's iterates for `(A / s) d' = r` and for `A d = r` are the same but for `d = d' / s`; so an operator of
+    size 1e-30 in float32 is solved as well as one of size 1. For ordinary sizes `s = 1`, and nothing is done.
+    """
+
+    def __init__(self, A: Callable[[Tensor], Tensor], space: Space) -> None:
+        self.A, self.batch_dims = A, space.batch_dims
+        self.size: Tensor | None = None
+        self.ordinary = False
+
+    def __call__(self, v: Tensor) -> Tensor:
+        y = self.A(v)
+        if self.size is None:
+            ratio = precise_norm(y.detach(), self.batch_dims) / precise_norm(v.detach(), self.batch_dims)
+            limit = torch.finfo(v.dtype).tiny ** -0.25
+            extreme = torch.isfinite(ratio) & (ratio > 0) & ((ratio > limit) | (ratio < 1 / limit))
+            self.size = torch.where(extreme, torch.exp2(torch.log2(torch.where(extreme, ratio, 1.0)).round()), 1.0)
+            self.ordinary = not any_true(extreme)
+        return y if self.ordinary else _divide(y, self.size)
+
+    def restore(self, d: Tensor) -> Tensor:
+        """The correction for `A` of one for `A / s`."""
+        return d if self.ordinary or self.size is None else _divide(d, self.size)
+
+
+def _adjoint_or_none(problem: Problem, like: Tensor, parts: Sequence[tuple[Tensor, ...]]) -> Callable[[Tensor], Tensor] | None:
+    """The adjoint of the operator that is being solved with, or None for code that autograd cannot see into."""
+    try:
+        return _operators(problem.H, like, parts)[0]
+    except (RuntimeError, TypeError):
+        return None
 
 
 def _check_claimed_adjoint(
@@ -280,7 +300,7 @@ def _operators(
     def with_given(index: int) -> Callable[[Tensor], Tensor]:
         closure = problem.closures[index]
         assert closure is not None
-        return lambda v: closure.apply(v, parts[index])
+        return closure.bind(parts[index])
 
     hermitian = problem.hermitian or problem.options.method.hermitian
     A: Callable[[Tensor], Tensor] = with_given(0)
@@ -304,28 +324,41 @@ def _counts(problem: Problem, A: _Operator) -> tuple[int, int]:
 
 
 class _Watch:
-    """Callback and progress bar, off unless asked for."""
+    """History, callback and progress bar, each off unless asked for."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.callback, self.phase = problem.callback, problem.phase
+    def __init__(self, problem: Problem, norm_r: Tensor) -> None:
+        self.callback, self.phase, self.steps = problem.callback, problem.phase, 0
+        self.norms = [norm_r] if problem.history else []
         self.bar = None
+        self.empty = norm_r.new_empty((*norm_r.shape, 0))
         if problem.progress:
             try:
                 from tqdm.auto import tqdm
             except ImportError as error:
-                raise ImportError("progress=True needs tqdm: pip install 'nablasolve[demo]' or pip install tqdm") from error
+                raise ImportError("progress=True needs tqdm: pip install tqdm, or pip install 'nablasolve[demo]'") from error
             self.bar = tqdm(desc=f"{problem.options.method.name} ({self.phase})", unit="it", leave=False)
         self.wanted = self.callback is not None or self.bar is not None or problem.history
 
-    def stops(self, steps: int, norm: Tensor) -> bool:
-        """Show and call back; whether to stop."""
+    def stops(self, norm: Scalar, scale: Tensor, running: Tensor, ended: Tensor) -> bool:
+        """Keep, show and hand on the residual norm of this step, given in units of `scale`; whether to stop."""
+        self.steps += 1
+        norm = torch.as_tensor(norm, dtype=scale.dtype, device=scale.device).detach()
+        norm = torch.where(running, norm * scale, ended)
+        if self.norms:
+            self.norms.append(norm)
+        mapped = is_wrapped(norm)
         if self.bar is not None:
             self.bar.update(1)
-            self.bar.set_postfix(residual=f"{norm.max().item():.2e}" if norm.numel() else "-", refresh=False)
+            if norm.numel() and not mapped:
+                self.bar.set_postfix(residual=f"{norm.max().item():.2e}", refresh=False)
         if self.callback is None:
             return False
-        value: Scalar = norm if norm.ndim or is_wrapped(norm) else norm.item()
-        return bool(self.callback(IterationState(steps, value, self.phase)))
+        value: Scalar = norm if norm.ndim or mapped else norm.item()
+        return bool(self.callback(IterationState(self.steps, value, self.phase)))
+
+    def history(self) -> Tensor:
+        """The norms that were kept, of shape `(*batch, steps + 1)`; empty where none were asked for."""
+        return torch.stack(self.norms, dim=-1) if self.norms else self.empty
 
     def close(self) -> None:
         """End the bar."""

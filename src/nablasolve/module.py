@@ -30,10 +30,9 @@ class LinearSolve(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.options = _known(options)
+        self.M = _known(options).pop("M", None)
+        self.options = options
         self.info: SolveInfo | None = None
-        if isinstance(options.get("M"), nn.Module):
-            self.M = options["M"]
 
     def forward(self, A: Any, b: Any, **options: Any) -> Any:
         """`A^{-1} b`; options given here, such as `x0`, hold for this call.
@@ -42,14 +41,14 @@ class LinearSolve(nn.Module):
             ConvergenceError: if a system does not reach its tolerance, under `on_failure="raise"`.
             TypeError, ValueError: as `solve`.
         """
-        merged = {**self.options, **_known(options)}
+        merged = {"M": self.M, **self.options, **_known(options)}
         on_failure = merged.pop("on_failure", "raise")
         x, self.info = solve_with_record(A, b, on_failure=on_failure, on_adjoint_failure=on_failure, **merged)
         return x
 
     def extra_repr(self) -> str:
         """The options."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if name != "M")
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,8 @@ class Problem:
         transposed: whether this problem is one with `A^H`.
         recordings: products that recording the operator has cost already.
         derived: whether it comes from a derivative rather than from the user.
+        known: whether the guess is the solution already, which only has to be attached to the graph.
+        user_adjoint: whether the adjoint rests on a function of the user.
         layout: how the user's tree lies in a vector.
         records: where the record of the solve is left.
         adjoint_records: where the record of the adjoint solve will be left.
@@ -70,6 +72,8 @@ class Problem:
     history: bool = False
     transposed: bool = False
     derived: bool = False
+    known: bool = False
+    user_adjoint: bool = False
     recordings: int = 0
     records: list[SolveInfo] = field(default_factory=list)
     adjoint_records: list[SolveInfo] = field(default_factory=list)

@@ -96,7 +96,8 @@ def solve(
         maxiter: the largest number of iterations, by default `10 n`; GMRES counts inner steps.
         batch_dims: how many leading dimensions of `b` count independent systems, each with its own step sizes, stopping
             and status. For a Tensor `A` it is `b.ndim - 1` after broadcasting.
-        params: tensors that `A` is called with, `A(v, *params)`: the remedy where a dependency cannot be found.
+        params: tensors, or pytrees of tensors, that `A` is called with, `A(v, *params)`: the remedy where a dependency cannot
+            be found.
         grad: `"implicit"`, the derivative of the solution of the equation; `"unroll"`, the derivative of the iteration that was
             run, by plain autograd through the loop; `"none"`. Unrolling is for learning an early-stopped solver. It is not the
             gradient of the solution, however small the residual: for `A = diag(1, 1, 2)` and `b = (1, 2, 3)`, CG finds the
@@ -155,7 +156,7 @@ def solve_ex(
     Args: those of `solve`. `on_failure` governs the adjoint solve only, and is `"warn"` by default.
 
     Returns:
-        The solution or the best iterate, and its `SolveInfo`, whose `adjoint` is filled by the backward pass.
+        The solution or the last iterate that made sense, and its `SolveInfo`, whose `adjoint` is filled by the backward pass.
 
     Raises:
         TypeError: for an argument of the wrong type or an unknown option.
@@ -297,8 +298,10 @@ def solve_with_record(
     check_choice("on_failure", on_adjoint_failure, ON_FAILURE)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback: expected a callable or None, got {type(callback).__name__}")
-    params = _params(params)
-
+    for name, flag in (("progress", progress), ("history", history)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+    A, params = _with_flat_params(A, params)
     operator = _operator(A, params)
     b, batch_dims = _right_hand_side(operator, b, batch_dims)
     layout = Layout.of(b, batch_dims)
@@ -343,7 +346,8 @@ def solve_with_record(
     other = adjoint.get("M")
     problem = Problem(
         operator=main,
-        operator_adjoint=side("A", flat.apply_adjoint) if flat.has_adjoint and not operator.hermitian else None,
+        operator_adjoint=_adjoint_closure(operator, flat, batch_dims, side),
+        user_adjoint=operator.has_user_adjoint,
         preconditioner=None if preconditioner is None else side("M", preconditioner.apply),
         preconditioner_adjoint=(
             side("M", preconditioner.apply_adjoint) if preconditioner is not None and preconditioner.has_adjoint else None
@@ -358,8 +362,8 @@ def solve_with_record(
         adjoint=backward,
         layout=layout,
         callback=callback,
-        progress=bool(progress),
-        history=bool(history),
+        progress=progress,
+        history=history,
         recordings=recordings,
     )
     given = problem.recorded
@@ -393,13 +397,17 @@ def _unrolled(problem: Problem, b: Tensor, x0: Tensor | None, given: Sequence[Te
     return outcome.x, outcome.report, outcome.history
 
 
-def _params(params: Any) -> tuple[Tensor, ...]:
+def _with_flat_params(A: Any, params: Any) -> tuple[Any, tuple[Tensor, ...]]:
+    """`A` as a function of the vector and of the tensors in `params`, and those tensors."""
     if not isinstance(params, tuple | list):
         raise TypeError(f"params: expected a tuple of tensors, got {type(params).__name__}")
-    for i, tensor in enumerate(params):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"params: expected a tuple of tensors, got {type(tensor).__name__} at position {i}")
-    return tuple(params)
+    leaves, spec = pytree.tree_flatten(tuple(params))
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"params: expected a tuple of tensors (or pytrees of them), got {type(leaf).__name__} in it")
+    if not leaves or all(isinstance(p, Tensor) for p in params):
+        return A, tuple(leaves)
+    return (lambda v, *flat: A(v, *pytree.tree_unflatten(flat, spec))), tuple(leaves)
 
 
 def _operator(A: Any, params: tuple[Tensor, ...]) -> LinearOperator:
@@ -572,7 +580,18 @@ def _side_closure(name: str, apply: Callable[[Tensor], Tensor], *, vector: Tenso
     if not record:
         return Closure(apply)
     closure = Closure.record(_checked(name, apply), vector)
-    return replace(closure, constants=())
+    return replace(closure, versions=(-1,) * len(closure.order))
+
+
+def _adjoint_closure(
+    operator: LinearOperator, flat: LinearOperator, batch_dims: int, side: Callable[..., Closure]
+) -> Closure | None:
+    """`v -> A^H v` where it is written down; None where autograd is to derive it, or `A` itself serves."""
+    if operator.hermitian or not flat.has_adjoint:
+        return None
+    if isinstance(operator, DenseOperator):
+        return MatrixClosure.of(operator.matrix.mH.detach(), batch_dims)
+    return side("A", flat.apply_adjoint)
 
 
 def _forward_mode() -> bool:

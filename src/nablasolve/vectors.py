@@ -142,12 +142,20 @@ class HostSpace(Space):
     in_place = True
     batch_dims = 0
 
+    def __init__(self, like: Tensor) -> None:
+        self.wide = accumulator_dtype(like.dtype)
+        self.widen = self.wide != like.dtype
+
+    def _flat(self, x: Tensor) -> Tensor:
+        if self.widen:
+            x = x.to(self.wide)
+        return x if x.ndim == 1 else x.reshape(-1)
+
     def dot(self, x: Tensor, y: Tensor) -> Scalar:
-        wide = accumulator_dtype(x.dtype)
-        return torch.vdot(x.reshape(-1).to(wide), y.reshape(-1).to(wide)).item()
+        return torch.vdot(self._flat(x), self._flat(y)).item()
 
     def norm(self, x: Tensor) -> Scalar:
-        return torch.linalg.vector_norm(x, dtype=accumulator_dtype(x.dtype)).item()
+        return torch.linalg.vector_norm(x, dtype=self.wide).item()
 
     def axpy(self, a: Scalar, x: Tensor, y: Tensor) -> Tensor:
         return y.add_(x, alpha=a)
@@ -159,13 +167,15 @@ class HostSpace(Space):
         return x * a if a != 0 else torch.zeros_like(x, memory_format=torch.contiguous_format)
 
     def ratio(self, numerator: Scalar, denominator: Scalar, where: Scalar = True) -> Scalar:
-        return numerator / denominator if where and 0 < abs(denominator) < math.inf else 0.0
+        # (the comparison below fails for NaN; the parts are looked at because the modulus of a finite number may overflow)
+        size = max(abs(denominator.real), abs(denominator.imag))
+        return numerator / denominator if where and 0 < size < math.inf else 0.0
 
     def where(self, condition: Scalar, a: Scalar, b: Scalar) -> Scalar:
         return a if condition else b
 
     def sqrt(self, a: Scalar) -> Scalar:
-        return math.sqrt(a) if a > 0 else a * 0.0  # NaN stays NaN
+        return math.sqrt(a) if a > 0 else (0.0 if a <= 0 else a)  # NaN stays NaN
 
     def maximum(self, a: Scalar, b: Scalar) -> Scalar:
         return max(a, b)
@@ -390,6 +400,7 @@ class Layout:
         parts = vector.split(sizes, dim=-1)
         # inside vmap and for broadcast batches the vector's own batch shape is the one that holds
         leaves = [
-            part.reshape(*vector.shape[:-1], *shape[self.batch_dims :]) for part, shape in zip(parts, self.shapes, strict=True)
+            part.reshape((*vector.shape[:-1], *shape[self.batch_dims :]))
+            for part, shape in zip(parts, self.shapes, strict=True)
         ]
         return pytree.tree_unflatten(leaves, self.spec)

@@ -78,7 +78,8 @@ class State:
 
     def stop(self, status: int, condition: Scalar) -> None:
         """Give the systems that still run and meet the condition their status; their solution is frozen from here."""
-        self.status = self.problem.space.where(self.running & condition, status, self.status)
+        if condition is not False:  # as it mostly is for one system on the host
+            self.status = self.problem.space.where(self.running & condition, status, self.status)
 
     def ratio(self, numerator: Scalar, denominator: Scalar) -> Scalar:
         """`numerator / denominator`; 0 for a zero denominator and for every system that has stopped."""

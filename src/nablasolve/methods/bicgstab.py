@@ -45,6 +45,7 @@ class BiCGStab(Method[BiCGStabState]):
         p_hat = problem.precondition(s.p)
         s.v = space.copy(problem.apply(p_hat), out=s.v)
         sigma = space.dot(s.shadow, s.v)
+        s.stop(Status.NONFINITE, space.nonfinite(abs(sigma)))
         s.stop(Status.BREAKDOWN, abs(sigma) == 0)
         alpha = s.ratio(s.rho, sigma)
         s.x = space.axpy(alpha, p_hat, s.x)
@@ -60,6 +61,7 @@ class BiCGStab(Method[BiCGStabState]):
         s_hat = problem.precondition(s.r)
         t = problem.apply(s_hat)
         ts, tt = space.dot(t, s.r), space.real_dot(t, t)
+        s.stop(Status.NONFINITE, space.nonfinite(tt))
         negligible = abs(ts) <= problem.epsilon * space.sqrt(tt) * half_norm
         omega = space.where(half, ts * 0, s.ratio(ts, tt))
         s.x = space.axpy(omega, s_hat, s.x)

@@ -43,6 +43,7 @@ class CG(Method[CGState]):
         z = problem.precondition(r)
         rho = space.real_dot(r, z)
         state = CGState(problem, norm, status, x=zeros(r), r=r, p=z.clone(), rho=rho, pi=rho, largest=rho * 0)
+        state.stop(Status.NONFINITE, space.nonfinite(rho))
         state.stop(Status.INDEFINITE, rho <= 0)  # M has the wrong sign
         return state
 
@@ -69,6 +70,7 @@ class CG(Method[CGState]):
         beta = s.ratio(rho, s.rho)
         s.p = space.xpay(z, beta, s.p)
         s.residual_norm = space.sqrt(rho) if problem.preconditioner is None else space.norm(s.r)
+        s.stop(Status.NONFINITE, space.nonfinite(rho))
         s.stop(Status.INDEFINITE, (rho <= 0) & (s.residual_norm > s.problem.target))
         s.rho, s.pi = rho, rho + beta * beta * s.pi
         return s

@@ -55,18 +55,19 @@ class Direct(Method[DirectState]):
         if r.is_complex() and not s.factor[0].is_complex():  # a real matrix acts on both parts
             return torch.complex(self._substitute(s, r.real), self._substitute(s, r.imag))
         factor, adjoint = s.factor[:-1], s.problem.adjoint_of_kept and bool(s.problem.kept)
-        batch = factor[0].shape[:-2]
-        shared = all(size == 1 for size in batch)
+        n = r.shape[-1]
+        shared = factor[0].numel() == n * n
         if shared:  # one matrix, many right-hand sides: they are its columns
-            factor = tuple(part.reshape(part.shape[len(batch) :]) for part in factor)
-            columns = r.reshape(-1, r.shape[-1]).mT
-        else:
-            columns = r.unsqueeze(-1)
+            factor = tuple(part.reshape(part.shape[r.ndim - 1 :]) for part in factor)
+            columns = r.reshape(-1, n).mT
+        else:  # one batch dimension: torch 2.13's lu_solve is wrong for a column-major factor with a dimension of size 1
+            factor = tuple(part.expand(*r.shape[:-1], *part.shape[r.ndim - 1 :]).flatten(0, r.ndim - 2) for part in factor)
+            columns = r.reshape(-1, n, 1)
         if self.positive_definite_matrix:  # its own adjoint
             y = torch.cholesky_solve(columns, factor[0])
         else:
             y = torch.linalg.lu_solve(*factor, columns, adjoint=adjoint)
-        return y.mT.reshape(r.shape) if shared else y.squeeze(-1)
+        return (y.mT if shared else y).reshape(r.shape)
 
     def step(self, s: DirectState) -> DirectState:
         problem, space = s.problem, s.problem.space

@@ -77,6 +77,7 @@ class MINRES(Method[MINRESState]):
             phi=beta,
             norm_A=zero,
         )
+        state.stop(Status.NONFINITE, space.nonfinite(beta2))
         state.stop(Status.INDEFINITE, beta2 <= 0)  # M has the wrong sign
         return state
 
@@ -92,6 +93,8 @@ class MINRES(Method[MINRESState]):
         z = problem.precondition(p)
         s.z = z if problem.preconditioner is None else space.copy(z, out=s.z)
         beta2 = space.real_dot(p, s.z)
+        s.stop(Status.NONFINITE, space.nonfinite(beta2))
+        s.stop(Status.INDEFINITE, beta2 < 0)  # for a definite M even rounding leaves it at zero or above
         beta = space.sqrt(beta2)
         s.beta_old, s.beta = s.beta, beta
 
@@ -120,8 +123,7 @@ class MINRES(Method[MINRESState]):
             s.residual_norm = space.where(s.running, s.phi, s.residual_norm)
         else:  # r = s^2 r - (phi c / beta) u
             s.r = space.xpay(space.scale(-s.phi * s.c * space.ratio(1.0, beta), s.u), s.s * s.s, s.r)
-            s.residual_norm = space.norm(s.r)
-        s.stop(Status.INDEFINITE, (beta2 < 0) & (s.residual_norm > problem.target))
+            s.residual_norm = space.where(s.running, space.norm(s.r), s.residual_norm)
         return s
 
     def solution(self, s: MINRESState) -> Tensor:

@@ -112,6 +112,11 @@ class LinearOperator:
         return self.adjoint_fn is not None or self.claims.hermitian
 
     @property
+    def has_user_adjoint(self) -> bool:
+        """Whether the adjoint rests on a function that a user supplied."""
+        return self.adjoint_fn is not None
+
+    @property
     def hermitian(self) -> bool:
         """Whether the operator is claimed Hermitian."""
         return self.claims.hermitian
@@ -147,7 +152,7 @@ class LinearOperator:
             return torch.cat([flatten(leaf, 0) for leaf in pytree.tree_leaves(self(x))])
 
         if flat.numel() == 0:
-            return column(flat).reshape(-1, 0)
+            return column(flat).reshape(-1, 1)[:, :0]
         return torch.stack([column(e) for e in torch.eye(flat.numel(), dtype=flat.dtype, device=flat.device)], dim=1)
 
     # -- algebra -------------------------------------------------------------------------------------------------
@@ -169,7 +174,7 @@ class LinearOperator:
     def gram(self, damp: Any = 0.0) -> LinearOperator:
         """`A^H A + damp^2 I`, the operator of the normal equations of `min |A x - b|^2 + damp^2 |x|^2`.
 
-        Hermitian; claimed positive definite where `damp` is a nonzero number.
+        Hermitian; claimed positive definite where `damp` is a number whose square is positive.
 
         Args:
             damp: a real number or 0-d tensor.
@@ -241,6 +246,10 @@ class _Composite(LinearOperator):
     @property
     def has_adjoint(self) -> bool:
         return self.claims.hermitian or all(part.has_adjoint for part in self.parts)
+
+    @property
+    def has_user_adjoint(self) -> bool:
+        return any(part.has_user_adjoint for part in self.parts)
 
 
 class _Adjoint(_Composite):
@@ -321,7 +330,7 @@ class _Scaled(_Composite):
         _check_scalar("factor", factor)
         real = _is_real(factor)
         # the sign of a tensor is data, and is not read
-        positive = real and not isinstance(factor, Tensor) and factor > 0
+        positive = real and not isinstance(factor, Tensor) and bool(factor > 0)
         claims = Claims(of.hermitian and real, of.positive_definite and positive)
         super().__init__((of,), of.domain, of.codomain, claims)
         self.factor = factor
@@ -340,7 +349,7 @@ class _Scaled(_Composite):
 
 class _Gram(_Composite):
     def __init__(self, of: LinearOperator, damp: Any) -> None:
-        definite = not isinstance(damp, Tensor) and damp != 0
+        definite = not isinstance(damp, Tensor) and bool(damp * damp > 0)
         super().__init__((of,), of.domain, of.domain, Claims(hermitian=True, positive_definite=definite))
         self.damp = damp
 

@@ -42,6 +42,10 @@ class DenseOperator(LinearOperator):
         return True
 
     @property
+    def has_user_adjoint(self) -> bool:
+        return False
+
+    @property
     def H(self) -> LinearOperator:
         return self if self.hermitian else DenseOperator(self.matrix.mH)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from ..closure import transforms_active
+from ..closure import is_wrapped, transforms_active
 from .base import Claims, LinearOperator, matrix_spaces
 
-_COMPRESSED_ROWS = (torch.sparse_csr, torch.sparse_bsr)
+_BY_ROWS = (torch.sparse_csr, torch.sparse_bsr)
+# layouts whose transpose has no kernel in torch, or that have none themselves
 _BLOCKS = (torch.sparse_bsr, torch.sparse_bsc)
 
 
@@ -29,73 +32,94 @@ class SparseOperator(LinearOperator):
     """
 
     def __init__(self, matrix: Tensor, **claims: Any) -> None:
-        dense_dim = matrix.dense_dim()
-        if matrix.ndim != 2 or dense_dim:
-            raise ValueError(
-                f"A: expected a sparse matrix of shape (m, n) without dense dimensions, got shape {tuple(matrix.shape)} with "
-                f"{dense_dim} dense"
-            )
-        if not (matrix.is_floating_point() or matrix.is_complex()):
-            raise ValueError(f"A: expected a floating-point or complex dtype, got {matrix.dtype}")
-        self.matrix = matrix
-        self.domain, self.codomain = matrix_spaces(matrix)
+        # a torch.func transform cannot touch most sparse layouts; a matrix that it does not wrap is a constant to it
+        inside = is_wrapped(matrix)
+        with contextlib.nullcontext() if inside else temporarily_clear_interpreter_stack():
+            dense_dim = matrix.dense_dim()
+            if matrix.ndim != 2 or dense_dim:
+                raise ValueError(
+                    f"A: expected a sparse matrix of shape (m, n) without dense dimensions, got shape "
+                    f"{tuple(matrix.shape)} with {dense_dim} dense"
+                )
+            if not (matrix.is_floating_point() or matrix.is_complex()):
+                raise ValueError(f"A: expected a floating-point or complex dtype, got {matrix.dtype}")
+            if matrix.layout == torch.sparse_coo:
+                matrix = matrix.coalesce()
+                self.rows, self.columns = matrix.indices()
+            else:
+                self.rows, self.columns = _block_indices(matrix)
+            # the values are what the operator depends on: a dense tensor, through which gradients reach the matrix
+            self.values = matrix.values()
+            self.matrix = matrix.detach()
+        self.domain, self.codomain = matrix_spaces(self.matrix)
         self.claims = Claims.named(claims)
 
     @property
     def has_adjoint(self) -> bool:
         return True
 
+    @property
+    def has_user_adjoint(self) -> bool:
+        return False
+
     def apply(self, x: Tensor) -> Tensor:
-        if self._differentiable(x):
-            rows, columns, values = self._entries()
-            return _gather_scatter(values, rows, columns, x, self.matrix.shape[0])
+        if self.matrix.layout == torch.sparse_bsc or _differentiable():
+            return _gather_scatter(self._blocks(), self.rows, self.columns, x, self.matrix.shape[0])
         return _product(self.matrix, x)
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
-        if self._differentiable(y) or self.matrix.layout in _BLOCKS:
-            rows, columns, values = self._entries()
-            return _gather_scatter(values.conj_physical().mT, columns, rows, y, self.matrix.shape[1])
+        if self.matrix.layout in _BLOCKS or _differentiable():
+            blocks = self._blocks().conj_physical().mT
+            return _gather_scatter(blocks, self.columns, self.rows, y, self.matrix.shape[1])
         return _product(self.matrix.t(), y.conj()).conj().resolve_conj()
 
     def to_dense(self, like: Any = None) -> Tensor:
-        return self.matrix.to_dense()
+        p, q = self._blocks().shape[1:]
+        m, n = self.matrix.shape
+        blocks = self.values.new_zeros(m // p, n // q, p, q)
+        blocks = blocks.index_put((self.rows, self.columns), self._blocks(), accumulate=True)
+        return blocks.transpose(1, 2).reshape(m, n)
 
-    def _differentiable(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() or transforms_active() or self.matrix.layout == torch.sparse_bsc
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseOperator:
+        """A copy with values of its own; torch has no deep copy of a compressed layout."""
+        matrix = self.matrix.clone().requires_grad_(self.values.requires_grad)
+        result = SparseOperator(matrix, hermitian=self.hermitian, positive_definite=self.positive_definite)
+        memo[id(self)] = result
+        return result
 
-    def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Block rows, block columns and values of shape `(nnz, p, q)`, as differentiable functions of the matrix."""
-        matrix = self.matrix
-        if matrix.layout == torch.sparse_coo:
-            matrix = matrix.coalesce()
-            rows, columns = matrix.indices()
-            return rows, columns, matrix.values()[:, None, None]
-        by_rows = matrix.layout in _COMPRESSED_ROWS
-        pointers, inner = (
-            (matrix.crow_indices(), matrix.col_indices()) if by_rows else (matrix.ccol_indices(), matrix.row_indices())
-        )
-        outer = torch.repeat_interleave(torch.arange(len(pointers) - 1, device=inner.device), pointers.diff())
-        values = matrix.values()
-        if values.ndim == 1:
-            values = values[:, None, None]
-        return (outer, inner, values) if by_rows else (inner, outer, values)
+    def _blocks(self) -> Tensor:
+        """The values as blocks, of shape `(nnz, p, q)`."""
+        return self.values if self.values.ndim == 3 else self.values[:, None, None]
 
     def _describe(self) -> str:
         layout = str(self.matrix.layout).removeprefix("torch.sparse_").upper()
         return f"SparseOperator{tuple(self.matrix.shape)}:{layout}:{str(self.matrix.dtype).removeprefix('torch.')}"
 
 
-def _gather_scatter(values: Tensor, rows: Tensor, columns: Tensor, x: Tensor, m: int) -> Tensor:
+def _differentiable() -> bool:
+    return torch.is_grad_enabled() or transforms_active()
+
+
+def _block_indices(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of each stored value or block of a compressed layout."""
+    by_rows = matrix.layout in _BY_ROWS
+    pointers = matrix.crow_indices() if by_rows else matrix.ccol_indices()
+    inner = matrix.col_indices() if by_rows else matrix.row_indices()
+    outer = torch.repeat_interleave(torch.arange(len(pointers) - 1, device=inner.device), pointers.diff())
+    return (outer, inner) if by_rows else (inner, outer)
+
+
+def _gather_scatter(blocks: Tensor, rows: Tensor, columns: Tensor, x: Tensor, m: int) -> Tensor:
     """The product of a block-sparse matrix: blocks `(nnz, p, q)` at block rows and columns, `x` of shape `(*batch, n)`."""
-    _, p, q = values.shape
-    blocks = x.reshape(*x.shape[:-1], -1, q).index_select(-2, columns)
-    products = (values * blocks.unsqueeze(-2)).sum(-1)
+    _, p, q = blocks.shape
+    gathered = x.reshape(*x.shape[:-1], x.shape[-1] // q, q).index_select(-2, columns)
+    products = (blocks * gathered.unsqueeze(-2)).sum(-1)
     result = torch.zeros((*x.shape[:-1], m // p, p), dtype=products.dtype, device=x.device)
     return result.index_add(-2, rows, products).reshape(*x.shape[:-1], m)
 
 
 def _product(matrix: Tensor, x: Tensor) -> Tensor:
-    """`matrix @ x` by torch's sparse kernels, for `x` of shape `(*batch, n)`; a real matrix acts on complex vectors."""
+    """`matrix @ x` by torch's sparse kernels, for `x` of shape `(*batch, n)`; real and complex mix as in mathematics."""
     if matrix.is_complex() and not x.is_complex():
         x = x.to(matrix.dtype)
     if x.is_complex() and not matrix.is_complex():
