@@ -68,17 +68,24 @@ class _Trace(TorchFunctionMode):
         super().__init__()
         self.level = _level_now()
         self.made = WeakIdKeyDictionary()
-        for tensor in inside:
-            self.made[tensor] = True
         self.stand_in = WeakIdKeyDictionary()  # of each outside tensor: itself, or what replaces it
+        # the memory of what is made inside, and of what comes from outside, views of it included
+        self.inside_memory: set[int] = set()
+        self.outside_memory: set[int] = set()
+        for tensor in inside:
+            self._make(tensor)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = pytree.tree_map_only(Tensor, self._replace, (args, kwargs or {}))
         result = func(*args, **kwargs)
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf not in self.stand_in:
-                self.made[leaf] = True
+                self._make(leaf)
         return result
+
+    def _make(self, tensor: Tensor) -> None:
+        self.made[tensor] = True
+        self.inside_memory.add(_memory(tensor))
 
     def _replace(self, tensor: Tensor) -> Tensor:
         if tensor in self.made:
@@ -94,16 +101,15 @@ class _Trace(TorchFunctionMode):
             base = _functorch.get_unwrapped(base)  # A runs a transform of its own: look beneath its wrapper
             if base in self.made:
                 return tensor
+        memory = _memory(base)
         if base is tensor:
+            self.outside_memory.add(memory)
             return self.enter(tensor)
-        if base not in self.stand_in:
+        if base not in self.stand_in and (memory in self.outside_memory or memory not in self.inside_memory):
             self.stand_in[base] = base
+            self.outside_memory.add(memory)
             self.enter_beneath(base)
         return tensor
-
-    def enter_beneath(self, base: Tensor) -> None:
-        """Take note of a new outside tensor that `A` has wrapped for a transform of its own."""
-        raise NotImplementedError
 
     def known(self, tensor: Tensor) -> bool:
         """Whether the tensor is one of those to look out for."""
@@ -111,6 +117,10 @@ class _Trace(TorchFunctionMode):
 
     def enter(self, tensor: Tensor) -> Tensor:
         """Take note of a new outside tensor; return what is to take its place."""
+        raise NotImplementedError
+
+    def enter_beneath(self, base: Tensor) -> None:
+        """Take note of a new outside tensor that `A` has wrapped for a transform of its own."""
         raise NotImplementedError
 
 
@@ -126,7 +136,10 @@ class _Recording(_Trace):
         return tensor
 
     def enter_beneath(self, base: Tensor) -> None:
-        if self.level > 0 and _carries_derivative(base):
+        core = base
+        while _functorch.is_gradtrackingtensor(core) and not _tracks(core):
+            core = _functorch.get_unwrapped(core)  # a constant, lifted to the level of the transform outside
+        if self.level > 0 and _carries_derivative(core):
             raise RuntimeError(HIDDEN_BY_TRANSFORM)
         self.enter(base)
 
@@ -219,8 +232,13 @@ class Closure:
             return self.function(v, *params), False
         places = WeakIdKeyDictionary(zip(self.recorded[self.declared :], given[self.declared :], strict=True))
         first_inside = torch._C._autograd._get_sequence_nr()
-        with transparent(), _Replay([v, *params], self.order, self.cached, places) as trace:
-            result = self.function(v, *params)
+        try:
+            with transparent(), _Replay([v, *params], self.order, self.cached, places) as trace:
+                result = self.function(v, *params)
+        except RuntimeError as error:  # torch's own words for a wrapped tensor of another level inside a transform of A
+            if "INTERNAL ASSERT FAILED" in str(error) and any(is_wrapped(t) for t in self.recorded):
+                raise RuntimeError(HIDDEN_BY_TRANSFORM) from error
+            raise
         if trace.replaced:
             if is_wrapped(result) and not any(is_wrapped(t) for t in (v, *given)):
                 raise RuntimeError("A depends on a tensor of a torch.func transform that cannot be found. " + PARAMS_REMEDY)
@@ -331,6 +349,12 @@ def _unwrapped_to(tensor: Tensor, level: int) -> Tensor:
     return tensor
 
 
+def _memory(tensor: Tensor) -> int:
+    """The address of what lies beneath all wrappers; 0 where there is none."""
+    plain = _unwrapped_to(tensor, 0)
+    return plain.untyped_storage().data_ptr() if plain.layout == torch.strided and plain.device.type != "meta" else 0
+
+
 def _level_now() -> int:
     level = _functorch.maybe_current_level()
     return 0 if level is None else int(level)
@@ -355,10 +379,14 @@ def _same_edge(a: Tensor, b: Tensor) -> bool:
 
 def _carries_derivative(tensor: Tensor) -> bool:
     """Whether a gradient, a tangent or a batch can come through the tensor."""
-    if tensor.requires_grad or is_wrapped(tensor):
-        return True
-    dense = tensor.layout == torch.strided  # no other layout holds a tangent
-    return dense and is_differentiable(tensor) and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+    return is_wrapped(tensor) or _tracks(tensor)
+
+
+def _tracks(tensor: Tensor) -> bool:
+    """Whether the tensor itself has a gradient or a tangent."""
+    if tensor.requires_grad or tensor.layout != torch.strided or not is_differentiable(tensor):
+        return tensor.requires_grad  # no other layout holds a tangent
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _check_nothing_is_lost(result: Any, inputs: Sequence[Tensor], made: WeakIdKeyDictionary, first_inside: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import numbers
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -214,9 +216,9 @@ def check_tolerance(name: str, value: object) -> float:
     """
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a non-negative number, got {type(value).__name__}")
-    if not 0 <= value < float("inf"):
+    if not 0 <= float(value) < float("inf"):
         raise ValueError(f"{name}: expected a non-negative number, got {value!r}")
     return float(value)
 
@@ -242,8 +244,21 @@ def check_maxiter(name: str, value: object, default: int) -> int:
     """
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer or None, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{name}: expected at least 0, got {value}")
-    return value
+    number = check_integer(name, value)
+    if number < 0:
+        raise ValueError(f"{name}: expected at least 0, got {number}")
+    return number
+
+
+def check_integer(name: str, value: object) -> int:
+    """An integer of any library as an int.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None

@@ -24,6 +24,7 @@ from .problem import (
     Options,
     Problem,
     check_choice,
+    check_integer,
     check_maxiter,
     check_tolerance,
     nearest,
@@ -329,10 +330,14 @@ def solve_with_record(
         on_failure=on_adjoint_failure,
     )
 
+    preconditioner = None if M is None else _flat("M", _preconditioner("M", M, vector), layout)
+    other = adjoint.get("M")
+    adjoint_preconditioner = None if other is None else _flat("M", _preconditioner("adjoint['M']", other, vector), layout)
+
     differentiate = grad != "none" and (torch.is_grad_enabled() or _forward_mode())
     active = transforms_active()
     record = active or (differentiate and grad == "implicit")
-    flat = _flat(operator, layout, with_params=bool(params))
+    flat = _flat("A", operator, layout, with_params=bool(params))
     recordings = 0
     if isinstance(operator, DenseOperator):
         main: Closure = MatrixClosure.of(operator.matrix, batch_dims)
@@ -342,8 +347,6 @@ def solve_with_record(
     else:
         main = Closure(flat.fn if params else flat.apply, params, declared=len(params))
     side = functools.partial(_side_closure, vector=vector, record=active)
-    preconditioner = None if M is None else _flat(_preconditioner("M", M, vector), layout)
-    other = adjoint.get("M")
     problem = Problem(
         operator=main,
         operator_adjoint=_adjoint_closure(operator, flat, batch_dims, side),
@@ -352,9 +355,7 @@ def solve_with_record(
         preconditioner_adjoint=(
             side("M", preconditioner.apply_adjoint) if preconditioner is not None and preconditioner.has_adjoint else None
         ),
-        adjoint_preconditioner=None
-        if other is None
-        else side("M", _flat(_preconditioner("adjoint['M']", other, vector), layout).apply),
+        adjoint_preconditioner=None if adjoint_preconditioner is None else side("M", adjoint_preconditioner.apply),
         hermitian=operator.hermitian or forward.method.hermitian,
         positive_definite=operator.positive_definite or forward.method.positive_definite,
         batch_dims=batch_dims,
@@ -424,8 +425,7 @@ def _operator(A: Any, params: tuple[Tensor, ...]) -> LinearOperator:
 
 def _right_hand_side(operator: LinearOperator, b: Tree, batch_dims: Any) -> tuple[Tree, int]:
     """`b`, checked, promoted and broadcast as a Tensor `A` asks, and its number of batch dimensions."""
-    if isinstance(batch_dims, bool) or not isinstance(batch_dims, int):
-        raise TypeError(f"batch_dims: expected an integer, got {type(batch_dims).__name__}")
+    batch_dims = check_integer("batch_dims", batch_dims)
     leaves, spec = pytree.tree_flatten(b)
     if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
         wrong = next((type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)), "an empty tree")
@@ -477,9 +477,10 @@ def _right_hand_side(operator: LinearOperator, b: Tree, batch_dims: Any) -> tupl
 
 def _guess(layout: Layout, x0: Tree, vector: Tensor) -> Tensor:
     """The initial guess as a vector, checked against the solution's structure."""
-    leaves, spec = pytree.tree_flatten(x0)
-    if spec != layout.spec or not all(isinstance(leaf, Tensor) for leaf in leaves):
-        raise TypeError("x0: expected the structure of b, with a Tensor for each Tensor")
+    leaves = layout.leaves(x0)
+    if leaves is None or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        got = pytree.tree_map(lambda leaf: type(leaf).__name__, x0)
+        raise TypeError(f"x0: expected the structure of b, {layout.spec}, of Tensors, got {got}")
     for leaf, shape in zip(leaves, layout.shapes, strict=True):
         if leaf.shape != shape:
             raise ValueError(f"x0: expected shape {tuple(shape)} like the solution, got {tuple(leaf.shape)}")
@@ -487,7 +488,7 @@ def _guess(layout: Layout, x0: Tree, vector: Tensor) -> Tensor:
             raise ValueError(f"x0: expected device {vector.device} like b, got {leaf.device}")
         if leaf.dtype != vector.dtype and not (vector.is_complex() and leaf.dtype == real_dtype(vector.dtype)):
             raise ValueError(f"x0: expected dtype {vector.dtype} like the solution, got {leaf.dtype}")
-    return layout.pack(x0).to(vector.dtype)
+    return layout.pack(pytree.tree_unflatten(leaves, layout.spec)).to(vector.dtype)
 
 
 def _adjoint_options(adjoint: Any) -> Mapping[str, Any]:
@@ -540,7 +541,7 @@ def _preconditioner(name: str, M: Any, vector: Tensor) -> LinearOperator:
     return operator
 
 
-def _flat(operator: LinearOperator, layout: Layout, with_params: bool = False) -> LinearOperator:
+def _flat(name: str, operator: LinearOperator, layout: Layout, with_params: bool = False) -> LinearOperator:
     """The operator on packed vectors, which checks that a tree comes back with the structure it had."""
     if layout.single:
         return operator
@@ -549,12 +550,13 @@ def _flat(operator: LinearOperator, layout: Layout, with_params: bool = False) -
         def function(v: Tensor, *params: Tensor) -> Tensor:
             x = layout.unpack(v)
             y = apply(x, *params)
-            leaves, spec = pytree.tree_flatten(y)
-            if spec != layout.spec:
-                raise TypeError(f"A: expected A(v) to have the structure of v, {layout.spec}, got {spec}")
+            leaves = layout.leaves(y)
+            if leaves is None:
+                got = pytree.tree_structure(y)
+                raise TypeError(f"{name}: expected {name}(v) to have the structure of v, {layout.spec}, got {got}")
             for vx, vy in zip(pytree.tree_leaves(x), leaves, strict=True):
-                check_result("A", vx, vy)
-            return layout.pack(y)
+                check_result(name, vx, vy)
+            return layout.pack(pytree.tree_unflatten(leaves, layout.spec))
 
         return function
 

@@ -385,6 +385,16 @@ class Layout:
         """Whether the vector is the user's own tensor."""
         return bool(self.spec.is_leaf())
 
+    def leaves(self, tree: Any) -> list[Any] | None:
+        """The leaves of a tree with this structure, dictionaries read by key; None for another structure."""
+        if self.single:
+            return [tree] if pytree.tree_structure(tree).is_leaf() else None
+        try:
+            leaves: list[Any] = self.spec.flatten_up_to(tree)
+        except (ValueError, TypeError, KeyError):
+            return None
+        return leaves if all(pytree.tree_structure(leaf).is_leaf() for leaf in leaves) else None
+
     def pack(self, tree: Any) -> Tensor:
         """The vector of a tree that has this layout."""
         leaves = pytree.tree_leaves(tree)
