@@ -213,11 +213,16 @@ class Closure:
         inputs = [t for t, _ in trace.outside if _carries_derivative(t) and not _made_since(t, first_inside)]
         recorded = (*params, *inputs)
         _check_nothing_is_lost(result, recorded, trace.made, first_inside)
+        if _has_tangent(result) and not any(_has_tangent(t) for t in recorded):
+            raise RuntimeError(
+                "A depends on a tensor with a tangent (forward mode) that could not be found by recording the operations of "
+                "A, so that its part of the derivative would be lost. " + PARAMS_REMEDY
+            )
         # nor is a tensor that dies with the run
-        references = [(TensorWeakRef(t), version) for t, version in trace.outside if not _made_since(t, first_inside)]
+        references = [(None if _made_since(t, first_inside) else TensorWeakRef(t), version) for t, version in trace.outside]
         made = trace.made
         del result, trace, v
-        order = tuple(reference() for reference, _ in references)
+        order = tuple(None if reference is None else reference() for reference, _ in references)
         versions = tuple(-1 if t is None or _version(t) != n else n for t, (_, n) in zip(order, references, strict=True))
         return cls(function, recorded, len(params), order, versions, made)
 
@@ -351,7 +356,9 @@ def _unwrapped_to(tensor: Tensor, level: int) -> Tensor:
 
 def _memory(tensor: Tensor) -> int:
     """The address of what lies beneath all wrappers; 0 where there is none."""
-    plain = _unwrapped_to(tensor, 0)
+    plain = tensor
+    while is_wrapped(plain):
+        plain = _functorch.get_unwrapped(plain)
     return plain.untyped_storage().data_ptr() if plain.layout == torch.strided and plain.device.type != "meta" else 0
 
 
@@ -384,8 +391,13 @@ def _carries_derivative(tensor: Tensor) -> bool:
 
 def _tracks(tensor: Tensor) -> bool:
     """Whether the tensor itself has a gradient or a tangent."""
-    if tensor.requires_grad or tensor.layout != torch.strided or not is_differentiable(tensor):
-        return tensor.requires_grad  # no other layout holds a tangent
+    return tensor.requires_grad or _has_tangent(tensor)
+
+
+def _has_tangent(tensor: Any) -> bool:
+    """Whether a derivative in forward mode goes through the tensor; only dense layouts hold one."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not is_differentiable(tensor):
+        return False
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 

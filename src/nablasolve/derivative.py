@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .closure import is_differentiable, transforms_active, transparent
+from .closure import is_differentiable, is_wrapped, transforms_active, transparent
 from .drive import solve_concretely
 from .problem import Problem
 from .vectors import any_true, precise_norm
@@ -67,7 +67,9 @@ class _Solve(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.problem, ctx.count = replace(problem, known=False) if problem.known else problem, count
         ctx.inputs, ctx.outputs = len(inputs), len(output)
-        saved = (x, b, report, *tensors[:count], *(tensors[count:] or kept))
+        # b is needed for a check only, and outside transforms its owner may change it: it is not saved then
+        ctx.b, ctx.b_version = (b, b._version) if not is_wrapped(b) and not b.is_inference() else (None, 0)
+        saved = (x, b if ctx.b is None else report, report, *tensors[:count], *(tensors[count:] or kept))
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
@@ -90,7 +92,14 @@ class _Solve(torch.autograd.Function):
         if torch.is_grad_enabled() and any(_is_stored_in_sparse(given[i]) for i in wanted):
             raise RuntimeError(NO_SECOND_SPARSE_DERIVATIVE)
         pull_back = _pull_back_in_transform if transforms_active() else _pull_back
-        parts = pull_back(problem, x, given, wanted, adjoint, lambda y: _check_unchanged(problem, b, y, report))
+
+        def check(y: Tensor) -> None:
+            if ctx.b is None:
+                _check_unchanged(problem, b, y, report)
+            elif ctx.b._version == ctx.b_version:
+                _check_unchanged(problem, ctx.b, y, report)
+
+        parts = pull_back(problem, x, given, wanted, adjoint, check)
         for i, part in zip(wanted, parts, strict=True):
             grads[4 + i] = None if part is None else -part
         return tuple(grads)
@@ -98,14 +107,10 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
         problem: Problem = ctx.problem
-        # a Function's jvp runs with forward gradients switched off, which would silence every nested derivative
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-            x, b, _, *tensors = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
-            if not transforms_active():  # plain autograd has not attached x to its graph yet, and dA x depends on it
-                x = _apply(replace(problem.tangent, known=True), b, x.detach(), ctx.count, *tensors)[0]
-            rhs = torch.zeros_like(x) if tangents[1] is None else tangents[1]
-            change = _push_forward(problem, x, tensors[: ctx.count], tangents[4 : 4 + len(problem.operator.recorded)])
-            dx = _apply(problem.tangent, rhs if change is None else rhs - change, None, ctx.count, *tensors)[0]
+        moving = tangents[4 : 4 + len(problem.operator.recorded)]
+        push_forward = _push_forward_in_transform if transforms_active() else _push_forward
+        with torch.enable_grad():
+            dx = push_forward(problem, ctx.b, ctx.saved_tensors, ctx.count, tangents[1], moving)
         return dx, *(None,) * (ctx.outputs - 1)
 
     @staticmethod
@@ -238,30 +243,57 @@ class _Cut:
             handle.remove()
 
 
-def _push_forward(problem: Problem, x: Tensor, given: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor | None:
-    """`dA x` for the tangents of `A`'s tensors; None where they all vanish."""
-    moving = [i for i, t in enumerate(tangents) if t is not None]
-    if not moving:
-        return None
-    primals, directions = [given[i] for i in moving], [t for t in tangents if t is not None]
-    change: Tensor | None
-    if not transforms_active():  # one level of dual numbers: the tensors that A captured are dual themselves
-        duals = [forward_ad.make_dual(p, t) for p, t in zip(primals, directions, strict=True)]
-        change = forward_ad.unpack_dual(problem.differentiable_apply(x, _replaced(given, moving, duals))).tangent
-        return change
+def _push_forward(
+    problem: Problem, b: Tensor, saved: Sequence[Tensor], count: int, db: Tensor | None, tangents: Sequence[Tensor | None]
+) -> Tensor:
+    """`A^{-1} (db - dA x)` for plain dual numbers, of which there is one level: `A`'s own tensors are dual already.
 
-    # a double vector-Jacobian product: `u -> (∂(A x)/∂θ)^H u` is linear, and its transpose is `dθ -> dA x`
-    def of_parameters(*parameters: Tensor) -> Tensor:
-        return problem.differentiable_apply(x, _replaced(given, moving, parameters))
+    PyTorch calls this with forward gradients switched off, so the solves below see values only.
+    """
+    x, _, _, *tensors = saved
+    # plain autograd has not attached x to its graph yet, and dA x depends on it
+    x = _apply(replace(problem.tangent, known=True), b, x.detach(), count, *tensors)[0]
+    rhs = torch.zeros_like(x) if db is None else db
+    duals = list(tensors[:count])
+    with forward_ad._set_fwd_grad_enabled(True):
+        for i, (recorded, tangent) in enumerate(zip(problem.operator.recorded, tangents, strict=True)):
+            captured = i >= problem.operator.declared and not is_wrapped(recorded)
+            if tangent is not None and not (captured and forward_ad.unpack_dual(recorded).tangent is not None):
+                duals[i] = forward_ad.make_dual(forward_ad.unpack_dual(duals[i]).primal, tangent)
+            elif captured:
+                duals[i] = recorded
+        change = forward_ad.unpack_dual(problem.differentiable_apply(x, duals)).tangent
+    return _apply(problem.tangent, rhs if change is None else rhs - change, None, count, *tensors)[0]
 
-    pull_back = torch.func.vjp(of_parameters, *primals)[1]
-    push_forward = torch.func.vjp(pull_back, torch.zeros_like(x))[1]
-    (change,) = push_forward(tuple(directions))
-    return change
+
+def _push_forward_in_transform(
+    problem: Problem, _: Tensor, saved: Sequence[Tensor], count: int, db: Tensor | None, tangents: Sequence[Tensor | None]
+) -> Tensor:
+    """The same at any level of `torch.func`, with `dA x` by a double vector-Jacobian product.
+
+    `u -> (∂(A x)/∂θ)^H u` is linear, and its transpose is `dθ -> dA x`. A Function's jvp runs with forward gradients
+    switched off, which would silence every nested derivative: they are switched on.
+    """
+    with forward_ad._set_fwd_grad_enabled(True):
+        x, _, _, *tensors = (forward_ad.unpack_dual(t).primal for t in saved)
+        given = tensors[:count]
+        rhs = torch.zeros_like(x) if db is None else db
+        moving = [i for i, t in enumerate(tangents) if t is not None]
+        if moving:
+
+            def of_parameters(*parameters: Tensor) -> Tensor:
+                return problem.differentiable_apply(x, _replaced(given, moving, parameters))
+
+            pull_back = torch.func.vjp(of_parameters, *(given[i] for i in moving))[1]
+            transposed = torch.func.vjp(pull_back, torch.zeros_like(x))[1]
+            rhs = rhs - transposed(tuple(t for t in tangents if t is not None))[0]
+        return _apply(problem.tangent, rhs, None, count, *tensors)[0]
 
 
 def _is_stored_in_sparse(values: Tensor) -> bool:
     """Whether these are the values of a sparse tensor, through which the gradient goes on."""
+    if values.layout != torch.strided:
+        return values.requires_grad
     return values.grad_fn is not None and values.grad_fn.name() == "ValuesBackward0"
 
 

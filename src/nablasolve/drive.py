@@ -21,6 +21,8 @@ logger = logging.getLogger("nablasolve")
 
 # How far the residual under the true adjoint may exceed the tolerance before a claimed adjoint is called false.
 CLAIM_SLACK = 10.0
+# By what factor a restarted method is to reduce the true residual at least.
+RESTART_GAIN = 0.1
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def solve_concretely(
         return _known(x0, problem.batch_dims)
     with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
         outcome = run(problem, b, x0, given, kept)
-        info = read_report(outcome.report, outcome.history if problem.history else None, problem.options.method.name,
+        past = outcome.history.movedim(-1, 0) if problem.history else None
+        info = read_report(outcome.report, past, problem.options.method.name,
                            problem.adjoint_records, mapped=False)  # fmt: skip
     problem.records.append(info)
     logger.debug("%s solve: %r", problem.phase, info)
@@ -165,7 +168,8 @@ def run(
         if not space.any(running):
             break
         scale = torch.where(running, norm_r, 1.0)
-        target = threshold / scale
+        # a restart aims below the threshold, so that it does not end at its first step and gain nothing
+        target = (threshold if first_cycle else torch.minimum(threshold, RESTART_GAIN * norm_r)) / scale
         equation = Correction(
             space=space,
             apply=A if rescaled is None else rescaled,
@@ -190,12 +194,14 @@ def run(
                 state.stop(Status.STOPPED, state.running)
             state.stop(Status.MAXITER, iterations >= options.maxiter)
         kept, direction = kept or method.keep(state), method.direction(state)
+        ended = torch.as_tensor(state.status, device=b.device)
         d = method.solution(state)
+        direction = d if direction is None else direction
+        del state  # its vectors are not needed beside those of the next cycle
         correction = _rescale(d if rescaled is None else rescaled.restore(d), scale)
         x_new = correction if x is None else x + correction
         r_new = b - A(x_new)
         norm_new = precise_norm(r_new.detach(), batch_dims)
-        ended = torch.as_tensor(state.status, device=b.device)
         code = certify.verdict(status, ended, norm_r, norm_new, threshold, equation.epsilon)
         refused = ~running | certify.useless(code, norm_r, norm_new, first_cycle, equation.epsilon)
         if space.any(refused):

@@ -94,7 +94,7 @@ class Problem:
     def H(self) -> Problem:
         """The adjoint problem, `A^H y = c`."""
         records = [] if self.transposed else self.adjoint_records
-        return replace(self, transposed=not self.transposed, derived=True, history=False, records=records, adjoint_records=[])
+        return replace(self, transposed=not self.transposed, derived=True, records=records, adjoint_records=[])
 
     @property
     def tangent(self) -> Problem:

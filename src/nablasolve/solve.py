@@ -420,7 +420,7 @@ def _operator(A: Any, params: tuple[Tensor, ...]) -> LinearOperator:
         m, n = operator.matrix.shape[-2:]
         if m != n:
             raise ValueError(f"A: expected a square matrix, got shape {tuple(operator.matrix.shape)}")
-    return operator
+    return operator.for_one_solve() if isinstance(operator, SparseOperator) else operator
 
 
 def _right_hand_side(operator: LinearOperator, b: Tree, batch_dims: Any) -> tuple[Tree, int]:
@@ -592,7 +592,8 @@ def _adjoint_closure(
     if operator.hermitian or not flat.has_adjoint:
         return None
     if isinstance(operator, DenseOperator):
-        return MatrixClosure.of(operator.matrix.mH.detach(), batch_dims)
+        with torch.autograd.forward_ad._set_fwd_grad_enabled(False):
+            return MatrixClosure.of(operator.matrix.detach().mH, batch_dims)
     return side("A", flat.apply_adjoint)
 
 

@@ -58,9 +58,10 @@ class Correction:
         """The distance from 1 to the next number of the vectors' dtype."""
         return torch.finfo(self.rhs.dtype).eps
 
-    def noise(self, steps: int) -> float:
-        """How far rounding alone can move a quantity of size 1 that `steps` steps of a short recurrence built up."""
-        return (10 + 4 * steps) * self.epsilon
+    @property
+    def rounding(self) -> float:
+        """How far rounding moves a quantity of size 1 that a few operations on vectors have built."""
+        return 10 * self.epsilon
 
 
 @dataclass(eq=False)

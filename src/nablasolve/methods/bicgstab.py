@@ -49,6 +49,7 @@ class BiCGStab(Method[BiCGStabState]):
         s.stop(Status.BREAKDOWN, abs(sigma) == 0)
         alpha = s.ratio(s.rho, sigma)
         s.x = space.axpy(alpha, p_hat, s.x)
+        del p_hat
         s.r = space.axpy(-alpha, s.v, s.r)
         half_norm = space.norm(s.r)
         # sigma is negligible beside |shadow| |v|, where |shadow| = 1, exactly if alpha v dwarfs rho / |shadow|

@@ -22,7 +22,6 @@ class CGState(State):
     rho: Scalar
     pi: Scalar
     largest: Scalar
-    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ class CG(Method[CGState]):
         # a singular or an indefinite operator, and a negative one to an indefinite operator.
         rayleigh = space.ratio(curvature, s.pi)
         s.largest = space.maximum(s.largest, rayleigh)
-        s.steps += 1
-        s.stop(Status.BREAKDOWN, abs(rayleigh) <= problem.noise(s.steps) * s.largest)
+        s.stop(Status.BREAKDOWN, abs(rayleigh) <= problem.rounding * s.largest)
         s.stop(Status.INDEFINITE, rayleigh < 0)
 
         if not space.any(s.running):

@@ -68,7 +68,7 @@ class GMRES(Method[GMRESState]):
             below = space.norm(w)
         s.norm_A = space.maximum(s.norm_A, before)
         # what rounding leaves of a vector that lay in the basis is nothing: a happy breakdown
-        below = space.where(below <= problem.noise(len(s.R)) * before, below * 0, below)
+        below = space.where(below <= problem.rounding * before, below * 0, below)
 
         # the new column of the Hessenberg matrix, zero for the systems that have stopped, rotated into R
         column = [space.where(s.running, a, a * 0) for a in space.unstack(h)]
@@ -79,7 +79,7 @@ class GMRES(Method[GMRESState]):
                 c * column[i + 1] - space.conj(sine) * column[i],
             )
         c, sine, diagonal = space.rotation(column[-1], below)
-        singular = space.sqrt(space.abs2(diagonal)) <= problem.noise(len(s.R)) * s.norm_A
+        singular = space.sqrt(space.abs2(diagonal)) <= problem.rounding * s.norm_A
         column[-1] = space.where(singular, diagonal * 0, diagonal)
         s.R.append(column)
         s.rotations.append((c, sine))

@@ -36,6 +36,14 @@ class MINRESState(State):
     steps: int = 0
 
 
+def _noise(problem: Correction, steps: int) -> float:
+    """How small `|A r| / (|A| |r|)` may be before it is rounding, which grows with the steps of the Lanczos process.
+
+    To stop too early costs a restart; to stop too late pollutes `x` with a null vector.
+    """
+    return float(min((100 + 40 * steps) * problem.epsilon, 4 * problem.epsilon**0.75))
+
+
 @dataclass(frozen=True)
 class MINRES(Method[MINRESState]):
     """MINRES (Paige & Saunders 1975), preconditioned by a Hermitian positive definite `M`.
@@ -107,7 +115,7 @@ class MINRES(Method[MINRESState]):
         norm_Ar = s.phi * space.sqrt(gamma_bar * gamma_bar + s.delta_bar * s.delta_bar)
         s.norm_A = space.maximum(s.norm_A, space.sqrt(alpha * alpha + beta * beta))
         s.steps += 1
-        s.stop(Status.STAGNATED, norm_Ar <= problem.noise(s.steps) * s.norm_A * s.phi)
+        s.stop(Status.STAGNATED, norm_Ar <= _noise(problem, s.steps) * s.norm_A * s.phi)
         gamma = space.sqrt(gamma_bar * gamma_bar + beta * beta)
         s.c, s.s = space.where(gamma > 0, space.ratio(gamma_bar, gamma), 1.0), space.ratio(beta, gamma)
         tau, s.phi = s.c * s.phi, s.s * s.phi

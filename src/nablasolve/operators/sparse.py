@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import Any
 
 import torch
@@ -48,9 +49,9 @@ class SparseOperator(LinearOperator):
                 self.rows, self.columns = matrix.indices()
             else:
                 self.rows, self.columns = _block_indices(matrix)
-            # the values are what the operator depends on: a dense tensor, through which gradients reach the matrix
-            self.values = matrix.values()
+            self.source = matrix
             self.matrix = matrix.detach()
+        self.values: Tensor | None = None
         self.domain, self.codomain = matrix_spaces(self.matrix)
         self.claims = Claims.named(claims)
 
@@ -76,20 +77,32 @@ class SparseOperator(LinearOperator):
     def to_dense(self, like: Any = None) -> Tensor:
         p, q = self._blocks().shape[1:]
         m, n = self.matrix.shape
-        blocks = self.values.new_zeros(m // p, n // q, p, q)
-        blocks = blocks.index_put((self.rows, self.columns), self._blocks(), accumulate=True)
+        values = self._blocks()
+        blocks = values.new_zeros(m // p, n // q, p, q).index_put((self.rows, self.columns), values, accumulate=True)
         return blocks.transpose(1, 2).reshape(m, n)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseOperator:
         """A copy with values of its own; torch has no deep copy of a compressed layout."""
-        matrix = self.matrix.clone().requires_grad_(self.values.requires_grad)
+        matrix = self.matrix.clone().requires_grad_(self.source.requires_grad)
         result = SparseOperator(matrix, hermitian=self.hermitian, positive_definite=self.positive_definite)
         memo[id(self)] = result
         return result
 
     def _blocks(self) -> Tensor:
         """The values as blocks, of shape `(nnz, p, q)`."""
-        return self.values if self.values.ndim == 3 else self.values[:, None, None]
+        values = self.values if self.values is not None else self._stored_values()
+        return values if values.ndim == 3 else values[:, None, None]
+
+    def _stored_values(self) -> Tensor:
+        with contextlib.nullcontext() if is_wrapped(self.source) else temporarily_clear_interpreter_stack():
+            values: Tensor = self.source.values()
+        return values
+
+    def for_one_solve(self) -> SparseOperator:
+        """The same operator, whose values are taken out of the matrix once: a dense tensor that gradients pass through."""
+        result = copy.copy(self)
+        result.values = self._stored_values()
+        return result
 
     def _describe(self) -> str:
         layout = str(self.matrix.layout).removeprefix("torch.sparse_").upper()
@@ -97,7 +110,7 @@ class SparseOperator(LinearOperator):
 
 
 def _differentiable() -> bool:
-    return torch.is_grad_enabled() or transforms_active()
+    return torch.is_grad_enabled() or transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _block_indices(matrix: Tensor) -> tuple[Tensor, Tensor]:
