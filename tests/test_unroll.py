@@ -291,7 +291,7 @@ def test_a_system_that_has_stopped_adds_nothing_finite_or_not_to_the_gradient():
     assert info.iterations.tolist() == [1, 0, 3]
     d_grad, b_grad = torch.autograd.grad(x.sum(), (d, b))
     # one step of CG on the identity: x = b (b^T b) / (b^T d b), and d/dd = -x_i^2 sum(x) / |x|^2
-    expected = -b[0] ** 2 * b[0].sum() / b[0].square().sum()
+    expected = -(b[0] ** 2) * b[0].sum() / b[0].square().sum()
     torch.testing.assert_close(d_grad[0], expected.detach(), **TOLERANCE)
     torch.testing.assert_close(d_grad[1:], torch.stack([torch.zeros(3), -b[2] / d[2] ** 2]).double().detach(), **TOLERANCE)
     torch.testing.assert_close(b_grad[2], 1 / d[2].detach(), **TOLERANCE)

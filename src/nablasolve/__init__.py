@@ -1,5 +1,6 @@
 """Solve `A x = b` in PyTorch when `A` is only a function, with exact derivatives to `b` and to everything `A` depends on."""
 
+from .check import CheckError, CheckItem, CheckReport, check_gradient, check_operator
 from .info import ConvergenceError, ConvergenceWarning, SolveInfo, Status
 from .methods import CG, GMRES, MINRES, BiCGStab, Direct
 from .module import LinearSolve
@@ -13,6 +14,9 @@ __all__ = [
     "GMRES",
     "MINRES",
     "BiCGStab",
+    "CheckError",
+    "CheckItem",
+    "CheckReport",
     "ConvergenceError",
     "ConvergenceWarning",
     "Direct",
@@ -23,6 +27,8 @@ __all__ = [
     "aslinearoperator",
     "bicgstab",
     "cg",
+    "check_gradient",
+    "check_operator",
     "gmres",
     "minres",
     "solve",

@@ -22,10 +22,10 @@ from torch.utils import _pytree as pytree
 
 from .closure import Closure, is_differentiable
 from .derivative import _Cut
-from .operators import LinearOperator, aslinearoperator
+from .operators import LinearOperator, SparseOperator, aslinearoperator
 from .operators.base import AnyBatch, Claims, _derived_adjoint
 from .problem import DEFAULT_RTOL, nearest
-from .solve import _operator, _right_hand_side, names_options, solve_ex
+from .solve import _operator, _right_hand_side, _with_flat_params, names_options, solve_ex
 from .vectors import Layout, real_dtype
 
 Tree = Any  # a tensor, or a pytree of tensors
@@ -576,8 +576,8 @@ def check_gradient(
     if directions < 1:
         raise ValueError(f"directions: expected at least 1, got {directions}")
     generator = torch.Generator().manual_seed(seed)
-    params = tuple(params)
-    operator = _operator(A, params)
+    function, flat_params = _with_flat_params(A, params)
+    operator = _operator(function, flat_params)
     rhs, dims = _right_hand_side(operator, b, batch_dims)
     layout = Layout.of(rhs, dims)
     subject = f"check_gradient: {getattr(A, '__qualname__', None) or repr(operator)} on {_describe(b)}"
@@ -586,10 +586,15 @@ def check_gradient(
         apply = operator.fn if params else operator.apply
         return layout.pack(apply(layout.unpack(v), *params))
 
-    try:
-        recorded = [t for t in Closure.record(packed, layout.pack(rhs), params).recorded if t.requires_grad]
-    except RuntimeError as error:
-        return _reported(CheckReport(subject, (CheckItem("dependencies", False, message=str(error)),)), raise_on_error)
+    recorded: Sequence[Tensor]
+    if isinstance(operator, SparseOperator):  # each solve takes the values out of it anew
+        recorded = (operator.source,)
+    else:
+        try:
+            recorded = Closure.record(packed, layout.pack(rhs), flat_params).recorded
+        except RuntimeError as error:
+            return _reported(CheckReport(subject, (CheckItem("dependencies", False, message=str(error)),)), raise_on_error)
+    recorded = [tensor for tensor in recorded if tensor.requires_grad]
 
     b = _map(lambda t: t.detach().clone().requires_grad_(), b)
     options = {**options, "params": params, "batch_dims": batch_dims, "on_failure": "ignore"}

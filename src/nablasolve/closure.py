@@ -209,20 +209,22 @@ class Closure:
         first_inside = torch._C._autograd._get_sequence_nr()
         with torch.enable_grad(), transparent(), _Recording([v, *params]) as trace:
             result = function(v, *params)
-        # what an operation that no mode sees has made inside is no input, though it was not seen being made
+        # what an operation that no mode sees has made inside is no input, though it was not seen being made: the graph or
+        # its death after the run gives it away
+        references = [(None if _made_since(t, first_inside) else TensorWeakRef(t), version) for t, version in trace.outside]
         inputs = [t for t, _ in trace.outside if _carries_derivative(t) and not _made_since(t, first_inside)]
-        recorded = (*params, *inputs)
-        _check_nothing_is_lost(result, recorded, trace.made, first_inside)
-        if _has_tangent(result) and not any(_has_tangent(t) for t in recorded):
+        _check_nothing_is_lost(result, (*params, *inputs), trace.made, first_inside)
+        moving = _has_tangent(result)
+        made = trace.made
+        del result, trace, inputs
+        order = tuple(None if reference is None else reference() for reference, _ in references)
+        recorded = (*params, *(t for t in order if t is not None and _carries_derivative(t)))
+        if moving and not any(_has_tangent(t) for t in recorded):
             raise RuntimeError(
                 "A depends on a tensor with a tangent (forward mode) that could not be found by recording the operations of "
                 "A, so that its part of the derivative would be lost. " + PARAMS_REMEDY
             )
-        # nor is a tensor that dies with the run
-        references = [(None if _made_since(t, first_inside) else TensorWeakRef(t), version) for t, version in trace.outside]
-        made = trace.made
-        del result, trace, v
-        order = tuple(None if reference is None else reference() for reference, _ in references)
+        # a tensor that A itself writes to, such as a counter, is not part of what A is
         versions = tuple(-1 if t is None or _version(t) != n else n for t, (_, n) in zip(order, references, strict=True))
         return cls(function, recorded, len(params), order, versions, made)
 
@@ -397,6 +399,8 @@ def _tracks(tensor: Tensor) -> bool:
 def _has_tangent(tensor: Any) -> bool:
     """Whether a derivative in forward mode goes through the tensor; only dense layouts hold one."""
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not is_differentiable(tensor):
+        return False
+    if _functorch.is_batchedtensor(tensor):  # vmap cannot unpack one
         return False
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 

@@ -147,7 +147,8 @@ def run(
     norm_b = precise_norm(b.detach(), batch_dims)
     threshold = torch.clamp(options.rtol * norm_b, min=0.0 if problem.derived else options.atol)
     valid = torch.isfinite(norm_b)
-    b = _where(valid, b)
+    if space.any(~valid):
+        b = _where(valid, b)
     x = None
     if x0 is not None:
         finite = torch.isfinite(precise_norm(x0.detach(), batch_dims))
@@ -159,7 +160,7 @@ def run(
     iterations: Scalar = space.full(0, b)
     watch = _Watch(problem, norm_r)
     rescaled = _Rescaled(A, space) if M is None and matrix is None else None
-    first_cycle, direction = True, None
+    first_cycle, direction, ended = True, None, status
 
     while True:
         spent = torch.as_tensor(iterations >= options.maxiter, device=b.device)
@@ -168,8 +169,8 @@ def run(
         if not space.any(running):
             break
         scale = torch.where(running, norm_r, 1.0)
-        # a restart aims below the threshold, so that it does not end at its first step and gain nothing
-        target = (threshold if first_cycle else torch.minimum(threshold, RESTART_GAIN * norm_r)) / scale
+        # after a claim that did not hold, aim below the threshold: else the restart ends at its first step and gains nothing
+        target = torch.where(ended == CLAIMED, torch.minimum(threshold, RESTART_GAIN * norm_r), threshold) / scale
         equation = Correction(
             space=space,
             apply=A if rescaled is None else rescaled,
@@ -213,6 +214,7 @@ def run(
     if x is None:
         x = b * 0 if unroll else torch.zeros_like(b, memory_format=torch.contiguous_format)
     hermitian = problem.hermitian or method.hermitian
+    A_adjoint: _Operator | None = None
     if not first_cycle and space.any(certify.unexplained(status)):
         definite = problem.positive_definite or method.positive_definite
         A_adjoint = A if hermitian else _adjoint_or_none(problem, b, parts)
@@ -220,7 +222,7 @@ def run(
             status = certify.diagnose(space, A, A_adjoint, b, x, r, direction, status, hermitian, definite)
     if problem.transposed and (hermitian or problem.user_adjoint):
         status, norm_r = _check_claimed_adjoint(problem, b, x, parts[0], status, norm_r, threshold)
-    matvecs, rmatvecs = _counts(problem, A)
+    matvecs, rmatvecs = _counts(problem, A, A_adjoint)
     relative = torch.where(norm_b > 0, norm_r / torch.where(norm_b > 0, norm_b, 1.0), norm_r)
     columns = (status, iterations, norm_r, relative, matvecs, rmatvecs)
     report = torch.stack([torch.as_tensor(c, device=b.device).to(norm_b).expand_as(norm_b) for c in columns], dim=-1)
@@ -274,7 +276,7 @@ class _Rescaled:
         return d if self.ordinary or self.size is None else _divide(d, self.size)
 
 
-def _adjoint_or_none(problem: Problem, like: Tensor, parts: Sequence[tuple[Tensor, ...]]) -> Callable[[Tensor], Tensor] | None:
+def _adjoint_or_none(problem: Problem, like: Tensor, parts: Sequence[tuple[Tensor, ...]]) -> _Operator | None:
     """The adjoint of the operator that is being solved with, or None for code that autograd cannot see into."""
     try:
         return _operators(problem.H, like, parts)[0]
@@ -322,11 +324,16 @@ def _operators(
     return _Operator("A", A), None if M is None else _Operator("M", M)
 
 
-def _counts(problem: Problem, A: _Operator) -> tuple[int, int]:
-    """Applications of `A` and of `A^H`."""
-    if not problem.transposed or problem.hermitian or problem.options.method.hermitian:
+def _counts(problem: Problem, A: _Operator, A_adjoint: _Operator | None) -> tuple[int, int]:
+    """Applications of `A` and of `A^H`; `A_adjoint` served a diagnosis."""
+    if problem.hermitian or problem.options.method.hermitian:
         return A.count + (0 if problem.derived else problem.recordings), 0
-    return int(problem.operator_adjoint is None), A.count
+    recorded_transposes = int(problem.operator_adjoint is None)
+    if problem.transposed:
+        return recorded_transposes + (0 if A_adjoint is None else A_adjoint.count), A.count
+    if A_adjoint is not None:
+        return A.count + (0 if problem.derived else problem.recordings) + recorded_transposes, A_adjoint.count
+    return A.count + (0 if problem.derived else problem.recordings), 0
 
 
 class _Watch:

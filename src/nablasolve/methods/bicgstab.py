@@ -53,7 +53,7 @@ class BiCGStab(Method[BiCGStabState]):
         s.r = space.axpy(-alpha, s.v, s.r)
         half_norm = space.norm(s.r)
         # sigma is negligible beside |shadow| |v|, where |shadow| = 1, exactly if alpha v dwarfs rho / |shadow|
-        s.stop(Status.BREAKDOWN, half_norm * problem.epsilon > abs(s.rho))
+        s.stop(Status.BREAKDOWN, (half_norm * problem.epsilon > abs(s.rho)) | (half_norm * problem.epsilon > 1))
         half = half_norm <= problem.target
         if not space.any(s.running & (half_norm > problem.target)):
             s.residual_norm = space.where(s.running, half_norm, s.residual_norm)

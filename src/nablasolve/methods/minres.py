@@ -49,8 +49,8 @@ class MINRES(Method[MINRESState]):
     """MINRES (Paige & Saunders 1975), preconditioned by a Hermitian positive definite `M`.
 
     For Hermitian `A`, indefinite and consistent singular ones included (where it finds the solution of minimum norm).
-    One product with `A` and one with `M` a step. Storage: 5 vectors (`x`, two Lanczos vectors, two directions), and two
-    more with a preconditioner (`M u`, and the residual, whose true norm then costs one update).
+    One product with `A` and one with `M` a step. Storage: 6 vectors (`x`, three Lanczos vectors, two directions), and
+    three more with a preconditioner (`M u`, and the residual with its update, for the true norm).
     """
 
     name: ClassVar[str] = "minres"

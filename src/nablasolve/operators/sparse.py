@@ -51,7 +51,10 @@ class SparseOperator(LinearOperator):
                 self.rows, self.columns = _block_indices(matrix)
             self.source = matrix
             self.matrix = matrix.detach()
-        self.values: Tensor | None = None
+        # A leaf's values are taken anew at each use, since a backward pass may free the graph in between; any other
+        # matrix has a graph of its own that lives as long.
+        leaf = self.source.is_leaf and self.source.requires_grad
+        self.values: Tensor | None = None if leaf else self._stored_values()
         self.domain, self.codomain = matrix_spaces(self.matrix)
         self.claims = Claims.named(claims)
 
@@ -100,6 +103,8 @@ class SparseOperator(LinearOperator):
 
     def for_one_solve(self) -> SparseOperator:
         """The same operator, whose values are taken out of the matrix once: a dense tensor that gradients pass through."""
+        if self.values is not None:
+            return self
         result = copy.copy(self)
         result.values = self._stored_values()
         return result
