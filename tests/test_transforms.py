@@ -648,14 +648,14 @@ def test_autograd_functional_jacobian_is_that_of_the_dense_inverse(form: str, st
     assert_close(actual, jacrev(reference, (0, 1))(THETA, B))
 
 
-@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
-@pytest.mark.parametrize("form", AUTOGRAD_FORMS)
+@pytest.mark.parametrize(
+    ("form", "strategy"),
+    [(form, "reverse-mode") for form in AUTOGRAD_FORMS]
+    # of complex numbers torch 2.13 has none, of `inv(A) @ b` neither: it meets an internal assertion
+    + [(form, "forward-mode") for form in AUTOGRAD_FORMS if "complex" not in form],
+)
 def test_autograd_functional_hessian_is_that_of_the_dense_inverse(form: str, strategy: str):
     f, reference = FORMS[form]
-    if strategy == "forward-mode" and "complex" in form:
-        with pytest.raises(RuntimeError, match="has_fw_view"):  # an assertion of torch's own, loud
-            torch.autograd.functional.hessian(loss_of(f), (THETA, B), vectorize=True, outer_jacobian_strategy=strategy)
-        return
     actual = torch.autograd.functional.hessian(loss_of(f), (THETA, B), vectorize=True, outer_jacobian_strategy=strategy)
     assert_close(actual, hessian(loss_of(reference), (0, 1))(THETA, B))
 
