@@ -485,7 +485,8 @@ def test_hidden_batch_raises_or_is_solved(name: str) -> None:
     try:
         value = torch.vmap(solution)(batch)
     except RuntimeError as error:
-        assert str(error)  # noqa: PT017 - a value is allowed as well
+        loud = ("params=", "did not converge", "escaped from inside a function being vmapped")  # ours, or torch's own words
+        assert any(words in str(error) for words in loud)  # noqa: PT017 - a value is allowed as well
     else:
         assert relative_error(value, torch.stack([solution(W) for W in batch])) <= 1e-9
 
