@@ -444,6 +444,7 @@ HIDDEN = {
     "leaf": lambda W: lambda v: unseen(W, v),
     "non-leaf": lambda W: (lambda P: lambda v: unseen(P, v))(2 * W),
     "beside a seen one": lambda W: (lambda P: lambda v: W @ v + unseen(P, v))(torch.sin(W)),
+    "behind a seen one": lambda W: (lambda P: lambda v: W @ unseen(P, v))(torch.sin(W) + 3 * EYE),
     "scripted function": lambda W: lambda v: scripted(W, v),
     "scripted module": scripted_module,
     "operator": lambda W: ns.LinearOperator(lambda v: unseen(W, v), adjoint=lambda y: unseen(W.mH, y)),
@@ -465,7 +466,26 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("name", ["leaf", "non-leaf"])
+def _nested(inner: Callable[..., Any], outer: Callable[..., Any]) -> Callable[..., Any]:
+    """The tangent or cotangent of the outer transform reaches `W`, that of the inner one a factor beside it."""
+    return lambda f, W: outer(lambda W: inner(lambda s: f(s * W), torch.ones((), dtype=F64)), W)
+
+
+def _jvp(f: Callable[..., Any], x: Tensor) -> Tensor:
+    return torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]
+
+
+TRANSFORMS |= {
+    "jvp of jvp": _nested(_jvp, _jvp),
+    "jvp of grad": _nested(lambda f, x: torch.func.grad(f)(x), _jvp),
+    "jvp of jvp, of a constant": lambda f, W: _jvp(lambda W: _jvp(lambda s: s * f(W), torch.ones((), dtype=F64)), W),
+    "jacfwd": lambda f, W: torch.func.jacfwd(f)(W),
+    "hessian": lambda f, W: torch.func.hessian(f)(W),
+    "vmap of jvp": lambda f, W: torch.vmap(lambda W: _jvp(f, W))(W.expand(2, n, n)),
+}
+
+
+@pytest.mark.parametrize("name", ["leaf", "non-leaf", "beside a seen one", "behind a seen one"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_hidden_dependency_raises_inside_transforms(transform: str, name: str) -> None:
     W = well_conditioned_leaves(1)[0].detach()
@@ -489,6 +509,18 @@ def test_hidden_batch_raises_or_is_solved(name: str) -> None:
         assert any(words in str(error) for words in loud)  # noqa: PT017 - a value is allowed as well
     else:
         assert relative_error(value, torch.stack([solution(W) for W in batch])) <= 1e-9
+
+
+@pytest.mark.parametrize("name", ["beside a seen one", "behind a seen one"])
+def test_dual_numbers_go_through_a_hidden_dependency_beside_a_seen_one(name: str) -> None:
+    W = well_conditioned_leaves(1)[0].detach()
+    b = draw(n, dtype=F64)
+    dense = {"beside a seen one": lambda W: W + torch.sin(W), "behind a seen one": lambda W: W @ (torch.sin(W) + 3 * EYE)}[name]
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(W, EYE)
+        change = forward_ad.unpack_dual(ns.solve(HIDDEN[name](dual), b, rtol=1e-13)).tangent
+        expected = forward_ad.unpack_dual(dense_solution(dense(dual), b)).tangent
+    assert relative_error(change, expected) <= 1e-7
 
 
 @pytest.mark.parametrize("name", ["leaf", "non-leaf"])

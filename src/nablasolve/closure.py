@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
@@ -184,6 +185,7 @@ class Closure:
         order: the outside tensors in the order of entry; None for what an operation unseen by the mode has made.
         versions: their in-place versions at recording; -1 for a tensor that `A` itself writes to, such as a counter.
         cached: tensors that the recorded run has made and that live on, because `A` keeps them.
+        runs: how often recording has run the callable.
     """
 
     function: Callable[..., Tensor]
@@ -192,6 +194,7 @@ class Closure:
     order: tuple[Tensor | None, ...] = ()
     versions: tuple[int, ...] = ()
     cached: Any = ()
+    runs: int = 0
 
     @property
     def dense(self) -> bool:
@@ -214,19 +217,28 @@ class Closure:
         references = [(None if _made_since(t, first_inside) else TensorWeakRef(t), version) for t, version in trace.outside]
         inputs = [t for t, _ in trace.outside if _carries_derivative(t) and not _made_since(t, first_inside)]
         _check_nothing_is_lost(result, (*params, *inputs), trace.made, first_inside)
-        moving = _has_tangent(result)
+        moving = _moves(result)
         made = trace.made
         del result, trace, inputs
         order = tuple(None if reference is None else reference() for reference, _ in references)
         recorded = (*params, *(t for t in order if t is not None and _carries_derivative(t)))
-        if moving and not any(_has_tangent(t) for t in recorded):
+        # a tensor that A itself writes to, such as a counter, is not part of what A is
+        versions = tuple(-1 if t is None or _version(t) != n else n for t, (_, n) in zip(order, references, strict=True))
+        replay = moving and transforms_active()
+        closure = cls(function, recorded, len(params), order, versions, made, runs=2 if replay else 1)
+        # Forward mode keeps no graph to search. In a transform, a tangent that outlives those of all recorded tensors is a
+        # lost one; plain dual numbers go through A as they are, and one of them must be there for the rule to be asked.
+        if replay:
+            with torch.no_grad():
+                lost = _moves(closure.apply(v, [t.detach() for t in recorded]))
+        else:
+            lost = moving and not any(_has_tangent(t) for t in recorded)
+        if lost:
             raise RuntimeError(
                 "A depends on a tensor with a tangent (forward mode) that could not be found by recording the operations of "
                 "A, so that its part of the derivative would be lost. " + PARAMS_REMEDY
             )
-        # a tensor that A itself writes to, such as a counter, is not part of what A is
-        versions = tuple(-1 if t is None or _version(t) != n else n for t, (_, n) in zip(order, references, strict=True))
-        return cls(function, recorded, len(params), order, versions, made)
+        return closure
 
     def apply(self, v: Tensor, given: Sequence[Tensor]) -> Tensor:
         """`A v`, with `given[i]` in the place of `recorded[i]`."""
@@ -287,7 +299,7 @@ class Closure:
 
         `in_dims[i]` is 0 where `given[i]` has that dimension and None where it has not.
         """
-        own = (self.function, self.recorded, self.declared, self.order, self.versions, self.cached)
+        own = (self.function, self.recorded, self.declared, self.order, self.versions, self.cached, self.runs)
         return _Vmapped(*own, base=self, in_dims=tuple(in_dims))
 
     def matrix(self, given: Sequence[Tensor]) -> Tensor | None:
@@ -403,6 +415,20 @@ def _has_tangent(tensor: Any) -> bool:
     if _functorch.is_batchedtensor(tensor):  # vmap cannot unpack one
         return False
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _moves(result: Any) -> bool:
+    """Whether the result has a tangent at any level of `torch.func`, or of plain dual numbers beneath them."""
+    leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    with contextlib.ExitStack() as levels:
+        while True:
+            if any(_has_tangent(leaf) for leaf in leaves):
+                return True
+            level = _level_now()
+            if level <= 0:
+                return False
+            levels.enter_context(temporarily_pop_interpreter_stack())
+            leaves = [_unwrapped_to(leaf, level - 1) for leaf in leaves]
 
 
 def _check_nothing_is_lost(result: Any, inputs: Sequence[Tensor], made: WeakIdKeyDictionary, first_inside: int) -> None:

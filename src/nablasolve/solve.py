@@ -343,7 +343,7 @@ def solve_with_record(
         main: Closure = MatrixClosure.of(operator.matrix, batch_dims)
     elif record:
         main = Closure.record(_checked("A", flat.fn if params else flat.apply), vector, params)
-        recordings = 1
+        recordings = main.runs
     else:
         main = Closure(flat.fn if params else flat.apply, params, declared=len(params))
     side = functools.partial(_side_closure, vector=vector, record=active)
