@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .arguments import names_options, nearest
 from .closure import Closure, is_differentiable
 from .derivative import _Cut
 from .operators import LinearOperator, SparseOperator, aslinearoperator
 from .operators.base import AnyBatch, Claims, _derived_adjoint
-from .problem import DEFAULT_RTOL, nearest
-from .solve import _operator, _right_hand_side, _with_flat_params, names_options, solve_ex
+from .pose import DEFAULT_RTOL, right_hand_side, square_operator, with_flat_params
+from .solve import solve_ex
 from .vectors import Layout, real_dtype
 
 Tree = Any  # a tensor, or a pytree of tensors
@@ -576,9 +577,9 @@ def check_gradient(
     if directions < 1:
         raise ValueError(f"directions: expected at least 1, got {directions}")
     generator = torch.Generator().manual_seed(seed)
-    function, flat_params = _with_flat_params(A, params)
-    operator = _operator(function, flat_params)
-    rhs, dims = _right_hand_side(operator, b, batch_dims)
+    function, flat_params = with_flat_params(A, params)
+    operator = square_operator(function, flat_params)
+    rhs, dims = right_hand_side(operator, b, batch_dims)
     layout = Layout.of(rhs, dims)
     subject = f"check_gradient: {getattr(A, '__qualname__', None) or repr(operator)} on {_describe(b)}"
 

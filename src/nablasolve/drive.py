@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from . import certify
+from .adjoint import Transpose
+from .arguments import check_result
 from .closure import is_wrapped
 from .info import SolveInfo, Status, read_report
 from .methods.base import CLAIMED, RUNNING, Correction
-from .problem import Problem, Transpose
+from .problem import Problem
 from .vectors import HostSpace, Scalar, Space, TensorSpace, accumulator_dtype, any_true, precise_norm, real_dtype
 
 logger = logging.getLogger("nablasolve")
@@ -62,26 +64,6 @@ class _Operator:
         if type(y) is not type(v) or y.shape != v.shape or y.dtype != v.dtype or y.device != v.device:
             check_result(self.name, v, y)
         return y
-
-
-def check_result(name: str, v: Tensor, y: Any) -> None:
-    """Raise if `y`, which the user's function `name` returned for the vector `v`, is not a vector like it.
-
-    Raises:
-        TypeError: if it is not a tensor.
-        ValueError: if its shape, dtype or device differ.
-    """
-    if not isinstance(y, Tensor):
-        raise TypeError(f"{name}: expected {name}(v) to be a Tensor like v, got {type(y).__name__}")
-    if y.shape != v.shape:
-        raise ValueError(f"{name}: expected {name}(v) to have the shape {tuple(v.shape)} of v, got {tuple(y.shape)}")
-    if y.dtype != v.dtype:
-        remedy = ""
-        if y.is_complex() and not v.is_complex():
-            remedy = f"; if the operator is complex, give b as {y.dtype}"
-        raise ValueError(f"{name}: expected {name}(v) to have the dtype {v.dtype} of v, got {y.dtype}{remedy}")
-    if y.device != v.device:
-        raise ValueError(f"{name}: expected {name}(v) to be on the device {v.device} of v, got {y.device}")
 
 
 def solve_concretely(

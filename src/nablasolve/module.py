@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from .arguments import nearest
 from .info import SolveInfo
-from .problem import nearest
 from .solve import solve, solve_with_record
 
 _OPTIONS = tuple(name for name, p in inspect.signature(solve).parameters.items() if p.kind == p.KEYWORD_ONLY)

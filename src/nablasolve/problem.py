@@ -1,23 +1,18 @@
-"""What is asked: operator, right-hand side, preconditioner, tolerances. Validated once, here."""
+"""What is asked: operator, right-hand side, preconditioner, tolerances, beside the tensors that travel on their own."""
 
 from __future__ import annotations
 
-import difflib
-import numbers
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .closure import Closure, transforms_active, transparent
+from .adjoint import pull_back
+from .closure import Closure
 from .info import SolveInfo
 from .methods.base import Method
 from .vectors import Layout
-
-DEFAULT_RTOL = {torch.float64: 1e-8, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,109 +151,3 @@ class Problem:
         if not self.transposed:
             return self.operator.apply(v, operator_given)
         return pull_back(lambda z: self.operator.apply(z, operator_given), v)
-
-
-def pull_back(apply: Callable[[Tensor], Tensor], v: Tensor, zero: Tensor | None = None) -> Tensor:
-    """`A^H v` of a linear `apply`, itself differentiable: the vector-Jacobian product at `zero`, by default like `v`."""
-    zero = torch.zeros_like(v) if zero is None else zero
-    if transforms_active():
-        result: Tensor = torch.func.vjp(apply, zero)[1](v)[0]
-        return result
-    again = torch.is_grad_enabled()
-    with torch.enable_grad(), transparent():
-        zero.requires_grad_()
-        return _vjp(apply(zero), zero, v, create_graph=again)
-
-
-def _vjp(y: Tensor, x: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
-    if not y.requires_grad:
-        raise RuntimeError(NO_ADJOINT)
-    (result,) = torch.autograd.grad(y, x, v, create_graph=create_graph, retain_graph=True, allow_unused=True)
-    if result is None:
-        raise RuntimeError(NO_ADJOINT)
-    return result
-
-
-NO_ADJOINT = (
-    "The adjoint of A is needed, and autograd cannot derive it because A(v) does not depend differentiably on v. Give it: "
-    "nablasolve.LinearOperator(A, adjoint=...), or claim hermitian=True if A is."
-)
-
-
-class Transpose:
-    """`v -> A^H v`, from one recorded application of `A` and one backward pass through it a product."""
-
-    def __init__(self, apply: Callable[[Tensor], Tensor], like: Tensor) -> None:
-        with torch.enable_grad(), transparent():
-            self.input = torch.zeros_like(like).requires_grad_()
-            self.output = apply(self.input)
-
-    def __call__(self, v: Tensor) -> Tensor:
-        """`A^H v`."""
-        return _vjp(self.output, self.input, v)
-
-
-# -- validation ------------------------------------------------------------------------------------------------------
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """`"; did you mean 'x'?"` for the nearest known name, or the list of all."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
-
-
-def check_tolerance(name: str, value: object) -> float:
-    """A tolerance as a float.
-
-    Raises:
-        TypeError: if it is not a real number.
-        ValueError: if it is negative or not finite.
-    """
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a non-negative number, got {type(value).__name__}")
-    if not 0 <= float(value) < float("inf"):
-        raise ValueError(f"{name}: expected a non-negative number, got {value!r}")
-    return float(value)
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
-    """One of a few strings.
-
-    Raises:
-        ValueError: naming the nearest choice.
-    """
-    if not isinstance(value, str) or value not in choices:
-        hint = nearest(value, choices) if isinstance(value, str) else ""
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
-    return value
-
-
-def check_maxiter(name: str, value: object, default: int) -> int:
-    """An iteration limit; `default` for None.
-
-    Raises:
-        TypeError: if it is not an integer.
-        ValueError: if it is negative.
-    """
-    if value is None:
-        return default
-    number = check_integer(name, value)
-    if number < 0:
-        raise ValueError(f"{name}: expected at least 0, got {number}")
-    return number
-
-
-def check_integer(name: str, value: object) -> int:
-    """An integer of any library as an int.
-
-    Raises:
-        TypeError: if it is none.
-    """
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..problem import nearest, pull_back
+from ..adjoint import pull_back
+from ..arguments import nearest
 from ..vectors import Layout, flatten
 
 Tree = Any  # a tensor, or a pytree of tensors

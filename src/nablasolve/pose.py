@@ -1,0 +1,339 @@
+"""From the arguments of the front door to a problem: everything is validated once, here, before `A` is called."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .arguments import check_choice, check_integer, check_maxiter, check_result, check_tolerance, nearest
+from .closure import Closure, MatrixClosure, transforms_active
+from .methods import CG, GMRES, METHODS, MINRES, Direct, Method
+from .operators import DenseOperator, LinearOperator, SparseOperator, aslinearoperator
+from .operators.base import check_structure
+from .problem import Options, Problem
+from .vectors import Layout, real_dtype
+
+Tree = Any  # a tensor, or a pytree (tuple, list, dict) of tensors
+
+ON_FAILURE = ("raise", "warn", "ignore")
+GRAD = ("implicit", "unroll", "none")
+ADJOINT_OPTIONS = ("rtol", "maxiter", "method", "M")
+DEFAULT_RTOL = {torch.float64: 1e-8, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class Posed(NamedTuple):
+    """A problem, its right-hand side and initial guess as vectors, and whether a derivative can be asked for."""
+
+    problem: Problem
+    vector: Tensor
+    guess: Tensor | None
+    differentiate: bool
+
+
+def pose(
+    A: Any,
+    b: Tree,
+    *,
+    method: str | Method[Any] | None,
+    M: Any,
+    x0: Tree,
+    rtol: float | None,
+    atol: float,
+    maxiter: int | None,
+    batch_dims: int,
+    params: Sequence[Any],
+    grad: str,
+    adjoint: Mapping[str, Any] | None,
+    on_failure: str,
+    on_adjoint_failure: str,
+    callback: Callable[[Any], Any] | None,
+    progress: bool,
+    history: bool,
+) -> Posed:
+    """The problem that the arguments of `solve` ask, with a failure policy for each pass.
+
+    Raises:
+        TypeError: for an argument of the wrong type or an unknown option.
+        ValueError: for a wrong shape, dtype, device or value.
+        RuntimeError: if `A` depends on a tensor that needs a gradient and cannot be found.
+    """
+    check_choice("grad", grad, GRAD)
+    check_choice("on_failure", on_failure, ON_FAILURE)
+    check_choice("on_failure", on_adjoint_failure, ON_FAILURE)
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback: expected a callable or None, got {type(callback).__name__}")
+    for name, flag in (("progress", progress), ("history", history)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+    A, params = with_flat_params(A, params)
+    operator = square_operator(A, params)
+    b, batch_dims = right_hand_side(operator, b, batch_dims)
+    layout = Layout.of(b, batch_dims)
+    vector = layout.pack(b)
+    guess = None if x0 is None else _guess(layout, x0, vector)
+    if guess is not None and grad != "unroll":
+        guess = guess.detach()
+
+    adjoint = _adjoint_options(adjoint)
+    n = max(1, vector[(0,) * batch_dims].numel() if vector.numel() else 0)
+    forward = Options(
+        method=_method("method", method, operator, M),
+        rtol=DEFAULT_RTOL[real_dtype(vector.dtype)] if rtol is None else check_tolerance("rtol", rtol),
+        atol=check_tolerance("atol", atol),
+        maxiter=check_maxiter("maxiter", maxiter, 10 * n),
+        on_failure=on_failure,
+    )
+    # the adjoint of a claimed operator keeps the claim; a method that was asked for by name is inherited
+    backward = replace(
+        forward,
+        method=_method("adjoint['method']", adjoint["method"], operator, M) if "method" in adjoint else forward.method,
+        rtol=check_tolerance("adjoint['rtol']", adjoint["rtol"]) if adjoint.get("rtol") is not None else forward.rtol,
+        maxiter=check_maxiter("adjoint['maxiter']", adjoint.get("maxiter"), forward.maxiter),
+        atol=0.0,
+        on_failure=on_adjoint_failure,
+    )
+
+    preconditioner = None if M is None else _flat("M", _preconditioner("M", M, vector), layout)
+    other = adjoint.get("M")
+    adjoint_preconditioner = None if other is None else _flat("M", _preconditioner("adjoint['M']", other, vector), layout)
+
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    differentiate = grad != "none" and (torch.is_grad_enabled() or forward_mode)
+    active = transforms_active()
+    record = active or (differentiate and grad == "implicit")
+    flat = _flat("A", operator, layout, with_params=bool(params))
+    recordings = 0
+    if isinstance(operator, DenseOperator):
+        main: Closure = MatrixClosure.of(operator.matrix, batch_dims)
+    elif record:
+        main = Closure.record(_checked("A", flat.fn if params else flat.apply), vector, params)
+        recordings = main.runs
+    else:
+        main = Closure(flat.fn if params else flat.apply, params, declared=len(params))
+    side = functools.partial(_side_closure, vector=vector, record=active)
+    problem = Problem(
+        operator=main,
+        operator_adjoint=_adjoint_closure(operator, flat, batch_dims, side),
+        user_adjoint=operator.has_user_adjoint,
+        preconditioner=None if preconditioner is None else side("M", preconditioner.apply),
+        preconditioner_adjoint=(
+            side("M", preconditioner.apply_adjoint) if preconditioner is not None and preconditioner.has_adjoint else None
+        ),
+        adjoint_preconditioner=None if adjoint_preconditioner is None else side("M", adjoint_preconditioner.apply),
+        hermitian=operator.hermitian or forward.method.hermitian,
+        positive_definite=operator.positive_definite or forward.method.positive_definite,
+        batch_dims=batch_dims,
+        forward=forward,
+        adjoint=backward,
+        layout=layout,
+        callback=callback,
+        progress=progress,
+        history=history,
+        recordings=recordings,
+    )
+    return Posed(problem, vector, guess, differentiate)
+
+
+def with_flat_params(A: Any, params: Any) -> tuple[Any, tuple[Tensor, ...]]:
+    """`A` as a function of the vector and of the tensors in `params`, and those tensors."""
+    if not isinstance(params, tuple | list):
+        raise TypeError(f"params: expected a tuple of tensors, got {type(params).__name__}")
+    leaves, spec = pytree.tree_flatten(tuple(params))
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"params: expected a tuple of tensors (or pytrees of them), got {type(leaf).__name__} in it")
+    if not leaves or all(isinstance(p, Tensor) for p in params):
+        return A, tuple(leaves)
+    return (lambda v, *flat: A(v, *pytree.tree_unflatten(flat, spec))), tuple(leaves)
+
+
+def square_operator(A: Any, params: tuple[Tensor, ...]) -> LinearOperator:
+    """`A` as an operator; with params, its `fn` takes them after the vector."""
+    if params and (not callable(A) or isinstance(A, Tensor | LinearOperator)):
+        raise TypeError(f"params: needs A as a function A(v, *params), got {type(A).__name__}")
+    operator = aslinearoperator(A)
+    if isinstance(operator, DenseOperator | SparseOperator):
+        m, n = operator.matrix.shape[-2:]
+        if m != n:
+            raise ValueError(f"A: expected a square matrix, got shape {tuple(operator.matrix.shape)}")
+    return operator.for_one_solve() if isinstance(operator, SparseOperator) else operator
+
+
+def right_hand_side(operator: LinearOperator, b: Tree, batch_dims: Any) -> tuple[Tree, int]:
+    """`b`, checked, promoted and broadcast as a Tensor `A` asks, and its number of batch dimensions."""
+    batch_dims = check_integer("batch_dims", batch_dims)
+    leaves, spec = pytree.tree_flatten(b)
+    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        wrong = next((type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)), "an empty tree")
+        raise TypeError(f"b: expected a Tensor or a pytree of Tensors, got {wrong}")
+    first = leaves[0]
+    for leaf in leaves:
+        if leaf.layout != torch.strided:
+            raise ValueError(f"b: expected a dense tensor, got layout {leaf.layout}")
+        if real_dtype(leaf.dtype) not in DEFAULT_RTOL:
+            raise ValueError(f"b: expected a floating-point or complex dtype, got {leaf.dtype}")
+        if leaf.dtype != first.dtype or leaf.device != first.device:
+            raise ValueError(
+                f"b: expected one dtype and device in all leaves, got {first.dtype} on {first.device} and {leaf.dtype} on "
+                f"{leaf.device}"
+            )
+        if not 0 <= batch_dims <= leaf.ndim:
+            raise ValueError(f"batch_dims: expected 0 to {leaf.ndim} for b of shape {tuple(leaf.shape)}, got {batch_dims}")
+        if leaf.shape[:batch_dims] != first.shape[:batch_dims]:
+            raise ValueError(
+                f"b: expected the same {batch_dims} batch dimensions in all leaves, got {tuple(first.shape[:batch_dims])} and "
+                f"{tuple(leaf.shape[:batch_dims])}"
+            )
+    if not isinstance(operator, DenseOperator | SparseOperator):
+        check_structure("b", b, operator.domain)
+        return b, batch_dims
+
+    matrix = operator.matrix
+    if not spec.is_leaf():
+        raise TypeError(f"b: expected one Tensor for a Tensor A, got {type(b).__name__}")
+    n = matrix.shape[-1]
+    if first.ndim < 1 or first.shape[-1] != n:
+        raise ValueError(f"b: expected shape (..., {n}) for A of shape {tuple(matrix.shape)}, got {tuple(first.shape)}")
+    if matrix.device != first.device:
+        raise ValueError(f"b: expected device {matrix.device} like A, got {first.device}")
+    if real_dtype(matrix.dtype) != real_dtype(first.dtype):
+        raise ValueError(f"b: expected a dtype of the precision of A, {matrix.dtype}, got {first.dtype}")
+    if matrix.dtype.is_complex and not first.is_complex():
+        first = first.to(matrix.dtype)
+    try:
+        batch = torch.broadcast_shapes(matrix.shape[:-2], first.shape[:-1])
+    except RuntimeError:
+        raise ValueError(
+            f"b: its batch dimensions {tuple(first.shape[:-1])} do not broadcast with those of A, {tuple(matrix.shape[:-2])}"
+        ) from None
+    if batch_dims not in (0, len(batch)):
+        raise ValueError(f"batch_dims: a Tensor A and b have {len(batch)} batch dimensions, got batch_dims={batch_dims}")
+    return first.expand(*batch, n), len(batch)
+
+
+def _guess(layout: Layout, x0: Tree, vector: Tensor) -> Tensor:
+    """The initial guess as a vector, checked against the solution's structure."""
+    leaves = layout.leaves(x0)
+    if leaves is None or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        got = pytree.tree_map(lambda leaf: type(leaf).__name__, x0)
+        raise TypeError(f"x0: expected the structure of b, {layout.spec}, of Tensors, got {got}")
+    for leaf, shape in zip(leaves, layout.shapes, strict=True):
+        if leaf.shape != shape:
+            raise ValueError(f"x0: expected shape {tuple(shape)} like the solution, got {tuple(leaf.shape)}")
+        if leaf.device != vector.device:
+            raise ValueError(f"x0: expected device {vector.device} like b, got {leaf.device}")
+        if leaf.dtype != vector.dtype and not (vector.is_complex() and leaf.dtype == real_dtype(vector.dtype)):
+            raise ValueError(f"x0: expected dtype {vector.dtype} like the solution, got {leaf.dtype}")
+    return layout.pack(pytree.tree_unflatten(leaves, layout.spec)).to(vector.dtype)
+
+
+def _adjoint_options(adjoint: Any) -> Mapping[str, Any]:
+    if adjoint is None:
+        return {}
+    if not isinstance(adjoint, Mapping):
+        raise TypeError(f"adjoint: expected a dict of options or None, got {type(adjoint).__name__}")
+    for name in adjoint:
+        if name not in ADJOINT_OPTIONS:
+            raise TypeError(f"adjoint: unknown option {name!r}{nearest(str(name), ADJOINT_OPTIONS)}")
+    return adjoint
+
+
+def _method(name: str, method: Any, operator: LinearOperator, M: Any) -> Method[Any]:
+    """The method object of a name, an object or None."""
+    dense = isinstance(operator, DenseOperator)
+    if method is None:
+        if dense and M is None:
+            return Direct(positive_definite_matrix=operator.positive_definite)
+        if operator.positive_definite:
+            return CG()
+        return MINRES() if operator.hermitian else GMRES()
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"{name}: unknown method {method!r}{nearest(method, tuple(METHODS))}")
+        method = Direct(positive_definite_matrix=operator.positive_definite) if method == "direct" else METHODS[method]()
+    if not isinstance(method, Method):
+        raise TypeError(f"{name}: expected a name or a method object such as GMRES(restart=50), got {type(method).__name__}")
+    if isinstance(method, Direct):
+        if not dense:
+            raise ValueError(f"{name}: 'direct' needs A as a dense Tensor, got {operator!r}")
+        if M is not None:
+            raise ValueError("M: a direct method takes no preconditioner; choose an iterative method or leave M out")
+    return method
+
+
+def _preconditioner(name: str, M: Any, vector: Tensor) -> LinearOperator:
+    try:
+        operator = aslinearoperator(M)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("A:", f"{name}:", 1)) from None
+    if isinstance(operator, DenseOperator | SparseOperator):
+        matrix, n = operator.matrix, vector.shape[-1] if vector.ndim else 1
+        if matrix.shape[-2:] != (n, n):
+            raise ValueError(f"{name}: expected a matrix of shape ({n}, {n}), got {tuple(matrix.shape)}")
+        if matrix.dtype not in (vector.dtype, real_dtype(vector.dtype)):
+            raise ValueError(f"{name}: expected dtype {vector.dtype} like b, got {matrix.dtype}")
+        if matrix.device != vector.device:
+            raise ValueError(f"{name}: expected device {vector.device} like b, got {matrix.device}")
+    return operator
+
+
+def _flat(name: str, operator: LinearOperator, layout: Layout, with_params: bool = False) -> LinearOperator:
+    """The operator on packed vectors, which checks that a tree comes back with the structure it had."""
+    if layout.single:
+        return operator
+
+    def packed(apply: Callable[..., Tree]) -> Callable[..., Tensor]:
+        def function(v: Tensor, *params: Tensor) -> Tensor:
+            x = layout.unpack(v)
+            y = apply(x, *params)
+            leaves = layout.leaves(y)
+            if leaves is None:
+                got = pytree.tree_structure(y)
+                raise TypeError(f"{name}: expected {name}(v) to have the structure of v, {layout.spec}, got {got}")
+            for vx, vy in zip(pytree.tree_leaves(x), leaves, strict=True):
+                check_result(name, vx, vy)
+            return layout.pack(pytree.tree_unflatten(leaves, layout.spec))
+
+        return function
+
+    adjoint = packed(operator.apply_adjoint) if operator.has_adjoint else None
+    flat = LinearOperator(packed(operator.fn if with_params else operator.apply), adjoint=adjoint)
+    flat.claims = operator.claims
+    return flat
+
+
+def _checked(name: str, apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`apply`, whose result is checked when it is recorded; the loop checks every later one."""
+
+    def function(v: Tensor, *params: Tensor) -> Tensor:
+        y = apply(v, *params)
+        check_result(name, v, y)
+        return y
+
+    return function
+
+
+def _side_closure(name: str, apply: Callable[[Tensor], Tensor], *, vector: Tensor, record: bool) -> Closure:
+    """A closure without derivatives (an adjoint, a preconditioner): recorded only where transforms hide its tensors."""
+    if not record:
+        return Closure(apply)
+    closure = Closure.record(_checked(name, apply), vector)
+    return replace(closure, versions=(-1,) * len(closure.order))
+
+
+def _adjoint_closure(
+    operator: LinearOperator, flat: LinearOperator, batch_dims: int, side: Callable[..., Closure]
+) -> Closure | None:
+    """`v -> A^H v` where it is written down; None where autograd is to derive it, or `A` itself serves."""
+    if operator.hermitian or not flat.has_adjoint:
+        return None
+    if isinstance(operator, DenseOperator):
+        with torch.autograd.forward_ad._set_fwd_grad_enabled(False):
+            return MatrixClosure.of(operator.matrix.detach().mH, batch_dims)
+    return side("A", flat.apply_adjoint)
