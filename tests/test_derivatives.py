@@ -1091,3 +1091,24 @@ def test_true_claim_is_never_called_false(kind: str, dtype: torch.dtype) -> None
         W, b = (t.requires_grad_() for t in FORM["operator with claims"].system(dtype, seed))
         x = FORM["operator with claims"].solve(method, W, b, rtol=RTOL[dtype])
         assert all(bool(torch.isfinite(g).all()) for g in torch.autograd.grad(loss(x), [W, b]))
+
+
+# -- compiled surroundings -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_layer", [False, True])
+def test_compiled_code_around_a_solve_keeps_its_value_and_its_gradients(as_layer: bool) -> None:
+    (W,) = well_conditioned_leaves(1)
+    b = draw(n, dtype=F64).requires_grad_()
+    call = ns.LinearSolve(method="gmres", rtol=1e-13) if as_layer else functools.partial(ns.solve, method="gmres", rtol=1e-13)
+
+    def step(b: Tensor) -> Tensor:
+        y = torch.sin(b) * 2
+        return loss(call(lambda v: W @ v, y) * 3)
+
+    torch.compiler.reset()
+    value = torch.compile(step, backend="aot_eager")(b)
+    expected = step(b)
+    assert relative_error(value, expected) <= 1e-12
+    for got, wanted in zip(torch.autograd.grad(value, [W, b]), torch.autograd.grad(expected, [W, b]), strict=True):
+        assert relative_error(got, wanted) <= 1e-9

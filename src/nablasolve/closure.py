@@ -15,10 +15,11 @@ are the recorded ones; autograd then differentiates with respect to those. Each 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 _functorch = torch._C._functorch
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 PARAMS_REMEDY = "Pass the tensor through params=: solve(A, b, params=(tensor,)), with A called as A(v, tensor)."
 
@@ -60,6 +63,21 @@ def transparent() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+def eager(function: F) -> F:
+    """Make `torch.compile` break its graph at the function, whose loops stop on data, and run it as it is."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        return torch.compiler.disable(function)(*args, **kwargs)
+
+    # what torch.compiler.disable sets; to call it here would import the compiler, which takes seconds
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    call._torchdynamo_disable_msg = "a solver loop stops on data"  # type: ignore[attr-defined]
+    return cast(F, call)
 
 
 class _Trace(TorchFunctionMode):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import certify, derivative
 from .arguments import names_options
-from .closure import is_wrapped, transforms_active
+from .closure import eager, is_wrapped, transforms_active
 from .drive import run, solve_concretely
 from .info import SolveInfo, Status, read_report
 from .methods import CG, GMRES, MINRES, BiCGStab, Method
@@ -238,6 +238,7 @@ def bicgstab(
 # -- from a problem to its solution ------------------------------------------------------------------------------------
 
 
+@eager
 def solve_with_record(
     A: Any,
     b: Tree,
