@@ -362,7 +362,7 @@ def test_grad_mode_outside_does_not_matter(check, grad):
 def test_a_report_reads_as_text_and_as_values():
     report = check_operator(R, V, hermitian=True)
     text = str(report)
-    assert text.splitlines()[0] == "check_operator: DenseOperator(6, 6):float64 [hermitian] on (6,) float64: FAILED: hermitian"
+    assert text.splitlines()[0] == "check_operator: DenseOperator on (6,) float64: FAILED: hermitian"
     assert len(text.splitlines()) == 1 + len(report.items)
     line = next(line for line in text.splitlines() if line.split()[1] == "hermitian")
     assert line.split()[0] == "FAIL"

@@ -1271,3 +1271,32 @@ def test_logging_goes_to_one_logger(caplog):
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
     assert "cg" in stream.getvalue()
+
+
+# -- what else may come in ---------------------------------------------------------------------------------------------
+
+
+def test_a_layer_refuses_an_unknown_method_when_it_is_made():
+    with pytest.raises(ValueError, match=r"method: unknown method 'cgg'; did you mean 'cg'"):
+        ns.LinearSolve(method="cgg")
+
+
+def test_a_preconditioner_on_other_vectors_is_refused():
+    M = ns.LinearOperator(lambda r: r, domain=torch.zeros(4))
+    with pytest.raises(ValueError, match=r"M: expected an operator on vectors \(3,\) like b, got one on \(4,\)"):
+        ns.solve(lambda v: 2 * v, torch.ones(3), M=M)
+
+
+def test_a_sparse_guess_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"x0: expected a dense tensor, got layout torch\.sparse_coo"):
+        ns.solve(lambda v: 2 * v, torch.ones(3), x0=torch.ones(3).to_sparse())
+
+
+def test_records_of_batches_can_be_compared_and_shown():
+    _, first = ns.solve_ex(lambda v: 2 * v, torch.ones(3, 2), batch_dims=1)
+    _, second = ns.solve_ex(lambda v: 2 * v, torch.ones(3, 2), batch_dims=1)
+    assert first == first
+    assert first != second
+    layer = ns.LinearSolve(method="gmres")
+    torch.vmap(lambda b: layer(lambda v: 2 * v, b))(torch.ones(3, 2))
+    assert "torch.vmap" in repr(layer.info)

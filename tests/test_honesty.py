@@ -787,7 +787,10 @@ def neumann(n: int, dtype: torch.dtype) -> Tensor:
     return A
 
 
-UNDECIDED = (Status.STAGNATED, Status.BREAKDOWN, Status.MAXITER)
+def status_of(A: Tensor, b: Tensor, method, **options) -> Status:
+    x, info = ns.solve_ex(operand(A, method), b, method=method, **options)
+    assert torch.isfinite(x.abs()).all()
+    return info.status
 
 
 @pytest.mark.parametrize("n", [6, 50, 300])
@@ -800,7 +803,10 @@ def test_an_inconsistent_singular_hermitian_system_is_reported(method, n, dtype)
         option = ns.GMRES(restart=n) if method == "gmres" else method
         claimed = ns.LinearOperator(lambda v: A @ v, hermitian=True)
         x, info = ns.solve_ex(claimed, b, method=option)
-        assert info.status is Status.INCONSISTENT or (n > 6 and info.status in UNDECIDED), seed
+        if method == "minres" and n == 300:  # a condition of 4e4, whose iterates bury the residual in rounding
+            assert info.status in (Status.INCONSISTENT, Status.STAGNATED, Status.MAXITER), seed
+        else:
+            assert info.status is Status.INCONSISTENT, seed
         assert torch.isfinite(x).all()
         assert torch.linalg.vector_norm(x) < 1e6 * torch.linalg.vector_norm(b)
 
@@ -821,18 +827,127 @@ def test_a_consistent_singular_hermitian_system_is_solved(method, n, dtype):
     assert true <= 1.1 * rtol * torch.linalg.vector_norm(b.double())
 
 
+SINGULAR_KINDS = {
+    "semidefinite": ALL,
+    "Hermitian": ("minres", *GENERAL),
+    "range-symmetric": GENERAL,
+    "general": GENERAL,
+    "a product of rectangular ones": GENERAL,
+}
+
+
+def singular(kind: str, n: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A singular matrix, a vector in its range, and one of unit norm in the null space of its adjoint."""
+    g, like = generator(1000 * n + seed), torch.zeros(1, dtype=wide(dtype))
+    nullity = 1 + seed % min(3, n - 1)
+    Q, P = (torch.linalg.qr(torch.randn(n, n, generator=g, dtype=like.dtype))[0] for _ in range(2))
+    values = torch.logspace(0, -2 * (seed % 2), n - nullity, dtype=torch.float64).to(like.dtype)
+    range_, null = Q[:, nullity:], Q[:, :nullity]
+    signs = torch.where(torch.arange(n - nullity) % 2 == 0, 1.0, -1.0)
+    G = torch.eye(n - nullity) + 0.3 * torch.randn(n - nullity, n - nullity, generator=g, dtype=like.dtype) / n**0.5
+    B, C = (torch.randn(n, n - nullity, generator=g, dtype=like.dtype) for _ in range(2))
+    if kind == "a product of rectangular ones":
+        null = torch.linalg.qr(B, mode="complete").Q[:, n - nullity :]
+    A = {
+        "semidefinite": range_ * values @ range_.mH,
+        "Hermitian": range_ * (signs * values) @ range_.mH,
+        "range-symmetric": range_ * values @ G @ range_.mH,
+        "general": range_ * values @ P[:, nullity:].mH,
+        "a product of rectangular ones": B @ C.mH,
+    }[kind]
+    reached, missed = (M @ torch.randn(M.shape[1], generator=g, dtype=like.dtype) for M in (A, null))
+    return A.to(dtype), reached / torch.linalg.vector_norm(reached), missed / torch.linalg.vector_norm(missed)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("method", ["cg", "minres", "gmres"])
-@pytest.mark.parametrize("nullity", [1, 3])
-def test_an_inconsistent_random_hermitian_system_is_reported(method, dtype, nullity):
-    for seed in range(4):
-        A = rotated([0.0] * nullity + [1.0 + k / 8 for k in range(12 - nullity)], dtype, seed)
-        x, info = ns.solve_ex(
-            ns.LinearOperator(lambda v, A=A: A @ v, hermitian=True), vector(dtype=dtype, seed=seed), method=method
-        )
-        # what rounding leaves of a zero eigenvalue may hide the reason of the failure, never the failure
-        assert info.status in (Status.INCONSISTENT, *UNDECIDED), seed
-        assert torch.isfinite(x.abs()).all()
+@pytest.mark.parametrize(("kind", "method"), [(kind, method) for kind in SINGULAR_KINDS for method in SINGULAR_KINDS[kind]])
+def test_a_part_of_b_outside_the_range_is_reported_by_every_method(kind, method, dtype):
+    for n in (2, 3, 7, 20, 50):
+        for seed, part in enumerate((1.0, 0.1, 1e-2, 1e-3)):
+            A, reached, missed = singular(kind, n, dtype, seed)
+            status = status_of(A, (reached + part * missed).to(dtype), method)
+            assert status is Status.INCONSISTENT, (n, seed, status)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kind", "method"), [(kind, method) for kind in SINGULAR_KINDS for method in SINGULAR_KINDS[kind]])
+def test_a_consistent_singular_system_is_never_called_inconsistent(kind, method, dtype):
+    for n in (2, 7, 30, 70):
+        for seed in range(2):
+            A, reached, _ = singular(kind, n, dtype, seed)
+            for rtol in (None, 1e-14):  # the second one cannot be reached
+                assert status_of(A, reached.to(dtype), method, rtol=rtol) is not Status.INCONSISTENT, (n, seed, rtol)
+                b = matvec(A, vector(n, dtype, seed))
+                assert status_of(A, b, method, rtol=rtol) is not Status.INCONSISTENT, (n, seed, rtol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", ALL)
+def test_a_nonsingular_system_is_never_called_inconsistent_however_ill_conditioned(method, dtype):
+    failed = 0
+    for digits in (4, 8, 12) if torch.finfo(dtype).eps < 1e-10 else (2, 4, 5):
+        for n in (2, 7, 30, 70):
+            for seed, exponents in enumerate((torch.linspace(0, 1, n), (torch.arange(n) == 0).double())):
+                values = 10.0 ** (-digits * exponents.double())
+                like = torch.zeros(1, dtype=wide(dtype))
+                A = with_singular_values(values, method in HERMITIAN, like, generator(seed)).to(dtype)
+                for rtol in (None, 1e-14):
+                    status = status_of(A, vector(n, dtype, seed), method, rtol=rtol)
+                    failed += status is not Status.CONVERGED
+                    assert status in (Status.CONVERGED, Status.MAXITER, Status.STAGNATED, Status.BREAKDOWN), (digits, n, seed)
+    assert failed > 10
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", ["minres", "gmres", "bicgstab"])
+def test_a_large_inconsistent_system_is_diagnosed_in_a_fixed_number_of_products(method, dtype):
+    n, seed = 200, 3
+    values = torch.linspace(1, 2, n, dtype=torch.float64)
+    values[0] = 0
+    A = with_singular_values(values, method in HERMITIAN, torch.zeros(1, dtype=wide(dtype)), generator(seed)).to(dtype)
+    calls = []
+
+    def apply(v: Tensor) -> Tensor:
+        calls.append(1)
+        return matvec(A, v)
+
+    _, info = ns.solve_ex(apply, vector(n, dtype), method=method, maxiter=2 * n)
+    assert info.status is Status.INCONSISTENT
+    assert info.matvecs == len(calls)
+    assert info.rmatvecs <= 2 * 51
+    spent = info.iterations * (2 if method == "bicgstab" else 1)
+    # the certificates of the restarts, the recording, the two products of the symmetry test, the search from two vectors
+    assert info.matvecs <= spent + info.iterations // 10 + 5 + 2 * 51 * (2 if method == "minres" else 1)
+
+
+@pytest.mark.parametrize("method", KRYLOV)
+def test_a_solve_that_was_cut_short_is_not_searched_for_null_vectors(method):
+    A, b = hard(method)
+    _, info = ns.solve_ex(operand(A, method), b, method=method, maxiter=3)
+    assert info.status is Status.MAXITER
+    assert info.matvecs <= 3 * (2 if method == "bicgstab" else 1) + 6
+    assert info.rmatvecs == 0
+
+
+def test_the_inconsistent_systems_of_a_batch_are_told_from_the_others():
+    A, reached, missed = singular("semidefinite", 9, torch.float64, 0)
+    b = torch.stack([reached, reached + missed, 0 * missed, missed])
+    for method in ("minres", "gmres"):
+        _, info = ns.solve_ex(lambda v: matvec(A, v), b, method=method, batch_dims=1)
+        assert [Status(code) is Status.INCONSISTENT for code in info.status.tolist()] == [False, True, False, True]
+        assert info.converged.tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("method", ["gmres", "bicgstab", "minres"])
+def test_the_scale_of_the_operator_does_not_change_the_diagnosis(method, scale):
+    for n in (20, 100):
+        for smallest, expected in ((0.0, True), (1e-5, False)):
+            values = torch.linspace(1, 2, n, dtype=torch.float64)
+            values[: n // 10] = smallest
+            A = with_singular_values(values, True, torch.zeros(1, dtype=torch.float64), generator(0)).float() * scale
+            status = status_of(A, vector(n, torch.float32), method, rtol=1e-14)
+            assert (status is Status.INCONSISTENT) == expected, (n, smallest, status)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -843,9 +958,8 @@ def test_a_singular_matrix_breaks_the_direct_method_down(dtype):
     A[5] = 0
     with pytest.raises(ns.ConvergenceError):
         ns.solve(A, vector(dtype=dtype))
-    x, info = ns.solve_ex(A, vector(dtype=dtype))
-    assert info.status is Status.BREAKDOWN
-    assert torch.isfinite(x.abs()).all()
+    assert status_of(A, vector(dtype=dtype), "direct") is Status.INCONSISTENT
+    assert status_of(A, matvec(A, vector(dtype=dtype)), "direct") is Status.BREAKDOWN  # solvable, but not by elimination
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -876,7 +990,7 @@ def test_gmres_breaks_down_where_its_krylov_space_closes_without_the_solution(dt
 @pytest.mark.parametrize("method", KRYLOV)
 def test_the_zero_operator_is_singular_for_every_method(method, dtype):
     x, info = ns.solve_ex(lambda v: 0 * v, vector(dtype=dtype), method=method)
-    assert info.status in (Status.INCONSISTENT, Status.BREAKDOWN)
+    assert info.status is Status.INCONSISTENT
     assert torch.equal(x, torch.zeros_like(x))
 
 
@@ -886,10 +1000,41 @@ def test_a_finite_system_is_never_called_nonfinite(method, dtype):
     for seed in range(20):
         A = torch.triu(torch.randn(9, 9, generator=generator(seed), dtype=wide(dtype)), 1).to(dtype)
         x, info = ns.solve_ex(operand(A, method), vector(9, dtype, seed), method=method)
-        # in single precision BiCGStab itself may overflow
-        assert info.status is not Status.NONFINITE or (method == "bicgstab" and torch.finfo(dtype).eps > 1e-10), seed
+        assert info.status is not Status.NONFINITE, seed  # though in single precision BiCGStab itself overflows
         assert not info.converged
         assert torch.isfinite(x.abs()).all()
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["single", "batch"])
+@pytest.mark.parametrize("method", KRYLOV)
+def test_an_overflow_of_the_method_is_a_breakdown_and_one_of_the_operator_is_not(method, batched, monkeypatch):
+    # a solution, and then the scalar of a step, that leave the range of the dtype though A does not
+    kind = {"cg": ns.CG, "minres": ns.MINRES, "gmres": ns.GMRES, "bicgstab": ns.BiCGStab}[method]
+    step, solution, count = kind.step, kind.solution, []
+
+    def overflowing(self, state):
+        state = step(self, state)
+        count.append(1)
+        if len(count) == 3:
+            state.residual_norm = state.residual_norm * math.nan
+        return state
+
+    def outcome(operator) -> tuple[int, ...]:
+        count.clear()
+        x, info = ns.solve_ex(operator, b, method=method, grad="none", batch_dims=int(batched))
+        assert torch.isfinite(x).all()
+        return tuple({Status(code) for code in torch.as_tensor(info.status).reshape(-1).tolist()})
+
+    A, b = hard(method)
+    b = b.expand(2, -1) if batched else b
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "solution", lambda self, state: solution(self, state) * math.inf)
+        assert outcome(operand(A, method)) == (Status.BREAKDOWN,)
+        assert outcome(counting(A, 3, math.nan)) == (Status.NONFINITE,)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "step", overflowing)
+        assert outcome(operand(A, method)) == (Status.CONVERGED,)  # a breakdown is answered by a restart
+        assert outcome(counting(A, 3, math.nan)) == (Status.NONFINITE,)
 
 
 def test_every_status_has_one_sentence_that_says_what_to_try():

@@ -545,11 +545,13 @@ CHOSEN = {
     "definite dense": (lambda M: aslinearoperator(M, positive_definite=True), "direct"),
     "sparse": (lambda M: M.to_sparse_csr(), "gmres"),
     "definite sparse": (lambda M: aslinearoperator(M.to_sparse_coo(), positive_definite=True), "cg"),
+    "function @ function": (lambda M: LinearOperator(lambda v: M @ v) @ LinearOperator(lambda v: M @ v), "gmres"),
+    "gram of a function, undamped": (lambda M: LinearOperator(lambda v: M @ v).gram(), "minres"),
     "definite + definite": (lambda M: 2 * definite(M) + definite(M), "cg"),
     "definite - definite": (lambda M: definite(M) - 0.1 * definite(M), "minres"),
-    "definite * tensor": (lambda M: definite(M) * T, "minres"),
-    "definite @ definite": (lambda M: definite(M) @ definite(M), "gmres"),
-    "gram": (lambda M: aslinearoperator(M).gram(), "minres"),
+    "definite * tensor": (lambda M: definite(M) * T, "direct"),
+    "definite @ definite": (lambda M: definite(M) @ definite(M), "direct"),
+    "gram": (lambda M: aslinearoperator(M).gram(), "direct"),
     "gram, damped": (lambda M: aslinearoperator(M).gram(0.1), "cg"),
     "gram of a function": (lambda M: LinearOperator(lambda v: M @ v).gram(0.1), "cg"),
     "H": (lambda M: LinearOperator(lambda v: M @ v).H, "gmres"),
@@ -703,7 +705,7 @@ def test_trees_that_differ_raise_at_construction():
     u = torch.zeros(2)
     with pytest.raises(ValueError, match="domain"):
         LinearOperator(abs, domain={"u": u}) + LinearOperator(abs, domain=[u])
-    with pytest.raises(ValueError, match="inner space"):
+    with pytest.raises(ValueError, match="codomain of the right"):
         LinearOperator(abs, domain={"u": u}) @ LinearOperator(abs, domain={"u": torch.zeros(3)})
 
 
@@ -841,19 +843,39 @@ REPRS = {
     "LinearOperator(reversing)": lambda: LinearOperator(reversing),
     "LinearOperator(reversing) [hermitian]": lambda: LinearOperator(reversing, hermitian=True),
     "LinearOperator(Doubler) [positive_definite]": lambda: LinearOperator(Doubler(), positive_definite=True),
-    "DenseOperator(3, 4):float64": lambda: aslinearoperator(draw(3, 4)),
-    "DenseOperator(4, 3):complex128": lambda: aslinearoperator(draw(3, 4, dtype=C128)).H,
-    "SparseOperator(4, 4):BSR:float64 [hermitian]": lambda: aslinearoperator(
+    "LinearOperator(reversing): (2, 3) float64 -> (6,) float64": lambda: LinearOperator(
+        reversing, domain=draw(2, 3), codomain=draw(6)
+    ),
+    "LinearOperator(reversing): {a: (2,), b: (3,)} float64": lambda: LinearOperator(
+        reversing, domain={"a": draw(2), "b": draw(3)}
+    ),
+    "DenseOperator: (..., 4) float64 -> (..., 3) float64": lambda: aslinearoperator(draw(3, 4)),
+    "DenseOperator: (..., 3) complex128 -> (..., 4) complex128": lambda: aslinearoperator(draw(3, 4, dtype=C128)).H,
+    "SparseOperator(BSR): (..., 4) float64 [hermitian]": lambda: aslinearoperator(
         torch.eye(4, dtype=F64).to_sparse_bsr((2, 2)), hermitian=True
     ),
-    "(LinearOperator(reversing) + LinearOperator(Doubler))": lambda: LinearOperator(reversing) + Doubler(),
-    "(LinearOperator(reversing) @ LinearOperator(reversing))": lambda: LinearOperator(reversing) @ LinearOperator(reversing),
-    "2 * (LinearOperator(reversing))": lambda: 2 * LinearOperator(reversing),
-    "tensor * (LinearOperator(reversing))": lambda: T * LinearOperator(reversing),
-    "(LinearOperator(reversing)).H": lambda: LinearOperator(reversing).H,
-    "(LinearOperator(reversing)).conj()": lambda: LinearOperator(reversing).conj(),
-    "(LinearOperator(reversing)).gram(0.5) [positive_definite]": lambda: LinearOperator(reversing).gram(0.5),
+    """\
+Gram(damp=0.5): (2,) float64 [positive_definite]
+└─ Sum: (2,) float64
+   ├─ Product: (2,) float64
+   │  ├─ Adjoint: (2,) float64
+   │  │  └─ LinearOperator(reversing): (2,) float64
+   │  └─ LinearOperator(reversing): (2,) float64
+   └─ 2 *: (2,) float64
+      └─ tensor *: (2,) float64
+         └─ Conjugate: (2,) float64
+            └─ LinearOperator(reversing): (2,) float64""": lambda: tree_of(LinearOperator(reversing, domain=draw(2))),
 }
+
+
+def tree_of(A: LinearOperator) -> LinearOperator:
+    return (A.H @ LinearOperator(reversing, domain=draw(2)) + 2 * (T * A.conj())).gram(0.5)
+
+
+def test_the_expression_of_an_operator_is_one_line():
+    A = LinearOperator(reversing, domain=draw(2))
+    name = "LinearOperator(reversing)"
+    assert tree_of(A).expression == f"(({name}.H @ {name}) + 2 * tensor * {name}.conj()).gram(0.5)"
 
 
 @pytest.mark.parametrize(("text", "build"), REPRS.items(), ids=REPRS)

@@ -8,7 +8,7 @@ import inspect
 import numbers
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -16,20 +16,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def names_options(function: F) -> F:
-    """Make an unknown keyword a TypeError that names the nearest known one."""
-    known = [
-        p.name for p in inspect.signature(function).parameters.values() if p.kind == p.KEYWORD_ONLY or p.default is not p.empty
-    ]
-    accepted = set(inspect.signature(function).parameters)
+    """Make an unknown keyword of a function, or of a class, a TypeError that names the nearest known one."""
+    if isinstance(function, type):
+        function.__init__ = names_options(function.__init__)  # type: ignore[misc]
+        return function
+    parameters = inspect.signature(function).parameters
+    known = [p.name for p in parameters.values() if p.kind == p.KEYWORD_ONLY or p.default is not p.empty]
+    name_of_it = function.__qualname__.removesuffix(".__init__")
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
         for name in kwargs:
-            if name not in accepted:
-                raise TypeError(f"{function.__name__}: unknown option {name!r}{nearest(name, known)}")
+            if name not in parameters:
+                raise TypeError(f"{name_of_it}: unknown option {name!r}{nearest(name, known)}")
         return function(*args, **kwargs)
 
-    return checked  # type: ignore[return-value]
+    return cast(F, checked)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ recomputes `b - A x`, and what is decided here rests on that residual alone.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +17,18 @@ from torch import Tensor
 from .closure import is_wrapped
 from .info import ConvergenceError, ConvergenceWarning, SolveInfo, Status
 from .methods.base import CLAIMED, CYCLE_END, RUNNING
-from .vectors import Space
+from .vectors import Space, flatten, precise_norm
 
 # A restart from the true residual is worth its price while it gains at least this factor.
 WORTHWHILE_GAIN = 0.5
 # Rounding that a symmetry test must tolerate, in units of the roundoff of the products.
 SYMMETRY_SLACK = 1e3
-# The same for a product that ought to vanish.
-NULL_SLACK = 1e2
+# The same for what ought to vanish: a singular value, or a part of `b`.
+NULL_SLACK = 10.0
+# A failed system of so few unknowns is worth one product for each of them, and its singular values.
+SMALL = 64
+# How many steps, of two products each, the search for a null vector of a larger one may take.
+PROJECTION_STEPS = 50
 
 
 def opening(valid: Tensor, residual_norm: Tensor, threshold: Tensor) -> Tensor:
@@ -54,7 +59,6 @@ def verdict(status: Tensor, ended: Tensor, before: Tensor, after: Tensor, thresh
     code = torch.where(restart, RUNNING, code)
     final = (ended == Status.STOPPED) | (ended == Status.NONFINITE)
     code = torch.where((after <= threshold) & ~final, int(Status.CONVERGED), code)
-    code = torch.where(torch.isfinite(after), code, int(Status.NONFINITE))
     return torch.where(status == RUNNING, code, status)
 
 
@@ -83,59 +87,149 @@ def diagnose(
     r: Tensor,
     direction: Tensor | None,
     status: Tensor,
+    threshold: Tensor,
+    exhausted: Tensor,
     hermitian: bool,
     definite: bool,
 ) -> Tensor:
-    """Say more exactly why a solve failed, by a few products with `u = b / |b|` and with unit vectors `q`.
+    """Say more exactly why a solve failed. Everything is measured beside `|A|`, as the products show it.
 
-    `(Au)^H (Au) != u^H A (Au)` shows an operator that is not Hermitian, though it is claimed to be. The final residual
-    `r` and the last `direction` of zero curvature may show a singular operator that cannot reach `b`: `A^H q ~ 0` while
-    `q^H b` is not small (INCONSISTENT); or, where definiteness is claimed, an operator that is not: `q^H A q <= 0`. All
-    beside `|A|`, as these products show it.
+    NOT_HERMITIAN: with `v = A b / |A b|`, `v^H A b` differs from `b^H A v`, where the two are claimed to be conjugate.
+    INDEFINITE: `q^H A q <= 0` for the residual `r` or the last `direction`, where definiteness is claimed.
+    INCONSISTENT: `A^H q = 0` and `q^H b != 0` for some `q`, so that `A` is singular and no `x` reaches `b`. A small system is
+    searched for every such `q`, a large one near `r` and near `direction`, along which the iterates of a singular system grow.
+    `exhausted` says where the method has had as many steps as it can need: less is no reason to spend many products.
     """
-    failed = unexplained(status)
-
-    def wide(scalar: Any) -> Tensor:
-        return torch.as_tensor(scalar, dtype=torch.float64, device=b.device)
-
-    def unit(t: Tensor) -> Tensor:
-        norm = space.norm(t)
-        return space.scale(space.ratio(1.0, norm, norm > 0), t)
-
-    eps = torch.finfo(b.dtype).eps
-    u = unit(b)
-    Au = A(u).clone()
-    AAu = A(Au)
-    norm_Au, norm_AAu, mixed = wide(space.norm(Au)), wide(space.norm(AAu)), wide(space.real_dot(u, AAu))
-    norm_A = torch.where(norm_Au > 0, norm_AAu / torch.where(norm_Au > 0, norm_Au, 1.0), norm_Au)
+    batch_dims, eps = space.batch_dims, torch.finfo(b.dtype).eps
+    failed, small = unexplained(status), dimension(b, batch_dims) <= SMALL
+    suspects = [suspect for suspect in (r, direction) if suspect is not None]
+    u, norm_b = _unit(b, batch_dims)
+    v, norm_Au = _unit(A(u), batch_dims)
+    Av = A(v)
+    norm_A = torch.maximum(norm_Au, precise_norm(Av, batch_dims))
+    # how large a part of u may be the rounding of b = A x (a larger x has exploded, and no longer tells), or is tolerated
+    growth = torch.clamp(norm_A * precise_norm(x, batch_dims) / norm_b, max=eps**-0.5)
+    rounding = NULL_SLACK * eps * (1 + growth)
+    goal = threshold / norm_b
     if hermitian:
-        asymmetric = (norm_Au * norm_Au - mixed).abs() > SYMMETRY_SLACK * eps * (norm_A * norm_Au + norm_AAu)
+        asymmetric = (norm_Au - _wide(space.real_dot(u, Av), b)).abs() > SYMMETRY_SLACK * eps * norm_A
         status = torch.where(failed & asymmetric, int(Status.NOT_HERMITIAN), status)
-    # The residual is known to eps |A| |x| only, and says nothing where that is all it is. A direction of zero curvature is
-    # a null vector to the square root of rounding, and so may be a correction that has exploded.
-    noise = NULL_SLACK / 10 * eps * (1 + norm_A * wide(space.norm(x)) / wide(space.norm(r)))
-    genuine = (noise < eps**0.5) | ((noise < 0.1) & (status != Status.MAXITER))
-    suspects = [(r, torch.where(genuine, noise, 0.0))]
-    if direction is not None:
-        suspects.append(
-            (direction, (NULL_SLACK * noise.new_tensor(eps)).sqrt() if definite else noise.new_tensor(NULL_SLACK * eps))
-        )
-    for suspect, tolerance in suspects:
-        if A_adjoint is None:
+    for suspect in suspects if definite else ():
+        q, _ = _unit(suspect, batch_dims)
+        Aq = A(q)
+        curvature = _wide(space.real_dot(q, Aq), b)
+        # a semidefinite A has |A q|^2 <= |A| q^H A q and, for b = A y, |q^H b|^2 <= (q^H A q) (y^H b)
+        null = precise_norm(Aq, batch_dims) <= (NULL_SLACK * eps) ** 0.5 * norm_A
+        indefinite = ~null & (curvature <= 0) & (status != Status.MAXITER)
+        status = torch.where(unexplained(status) & indefinite, int(Status.INDEFINITE), status)
+        flat = null & (curvature.abs() <= NULL_SLACK * eps * norm_A)
+        outside = flat & (_wide(abs(space.dot(q, u)), b) > torch.maximum(goal, rounding.sqrt()))
+        if not small:
+            status = torch.where(unexplained(status) & outside, int(Status.INCONSISTENT), status)
+    doubtful = unexplained(status)
+    if small:
+        if space.any(doubtful & exhausted):
+            outside = _outside_range_of_small(A, b, threshold, doubtful & exhausted, batch_dims)
+            status = torch.where(outside, int(Status.INCONSISTENT), status)
+        return status
+    if A_adjoint is None:
+        return status
+    for suspect in suspects:
+        if not space.any(doubtful):
             break
-        q = unit(suspect)
         try:
-            Aq = A_adjoint(q)
+            outside = _outside_range(
+                space, A, A_adjoint, u, suspect, norm_A, torch.maximum(goal, rounding), doubtful, exhausted
+            )
         except RuntimeError:  # code whose backward pass torch does not have
             break
-        null = wide(space.norm(Aq)) <= tolerance * norm_A
-        touched = wide(abs(space.dot(q, u))) > tolerance
-        undecided = failed & (status != Status.NOT_HERMITIAN)
-        status = torch.where(undecided & null & touched, int(Status.INCONSISTENT), status)
-        if definite:
-            indefinite = ~null & (wide(space.real_dot(q, Aq)) <= 0) & (status != Status.MAXITER)
-            status = torch.where(undecided & indefinite, int(Status.INDEFINITE), status)
+        status = torch.where(outside, int(Status.INCONSISTENT), status)
+        doubtful = doubtful & ~outside
     return status
+
+
+def _outside_range_of_small(
+    A: Callable[[Tensor], Tensor], b: Tensor, threshold: Tensor, failed: Tensor, batch_dims: int
+) -> Tensor:
+    """Where a failed system has a part of `b` outside the range of `A`, from the singular values of its `n` columns.
+
+    `A = U S V^H`, and the columns `U_0` of `U` whose singular values vanish beside the largest span the null space of `A^H`.
+    `|U_0^H b|` tells, where it exceeds the tolerance and the rounding of `b = A y` for the shortest `y` that fits the rest.
+    """
+    eps, flat = torch.finfo(b.dtype).eps, flatten(b, batch_dims)
+    chosen: Any = ... if is_wrapped(failed) else failed  # under torch.vmap nothing can be selected
+    wide = torch.complex128 if b.is_complex() else torch.float64
+    eye = torch.eye(flat.shape[-1], dtype=b.dtype, device=b.device)
+    units = ((torch.zeros_like(flat) + e).reshape(b.shape) for e in eye)
+    matrix = torch.stack([flatten(A(unit), batch_dims)[chosen] for unit in units], dim=-1).to(wide)
+    finite = torch.isfinite(matrix).all(-1).all(-1)
+    U, sigma, _ = torch.linalg.svd(torch.where(finite[..., None, None], matrix, eye.to(wide)))
+    parts = (U.mH @ flat[chosen].to(wide).unsqueeze(-1)).squeeze(-1).abs()
+    null = sigma <= NULL_SLACK * eps * sigma[..., :1]
+    norm_y = torch.where(null, 0.0, parts / torch.where(null, 1.0, sigma)).norm(dim=-1)
+    noise = NULL_SLACK * eps * (parts.norm(dim=-1) + sigma[..., 0] * norm_y)
+    outside = torch.where(null, parts, 0.0).norm(dim=-1) > torch.maximum(threshold[chosen], noise)
+    found = torch.zeros_like(failed)
+    found[chosen] = outside & finite
+    return found & failed
+
+
+def _outside_range(
+    space: Space,
+    A: Callable[[Tensor], Tensor],
+    A_adjoint: Callable[[Tensor], Tensor],
+    u: Tensor,
+    r: Tensor,
+    norm_A: Tensor,
+    noise: Tensor,
+    failed: Tensor,
+    exhausted: Tensor,
+) -> Tensor:
+    """Where a failed system has a part of `u = b / |b|`, larger than `noise`, outside the range of `A`.
+
+    A least-squares solution has a residual `q` with `A^H q = 0`, and `A^H q = 0` with `q^H u != 0` is the proof. So some
+    steps of conjugate gradients on the normal equations (Hestenes & Stiefel 1952; Björck 1996, section 7.4), begun at
+    `q = r`, take from `q` what `A` can reach; of the solution nothing is kept. Every vector is near 1 in size:
+
+        s = A^H q,   p = s / |s| + (|s| / |s_old|) p,   w = A p / |A p|,   q = q - (w^H q) w
+    """
+    batch_dims, eps = space.batch_dims, torch.finfo(u.dtype).eps
+    q, _ = _unit(r, batch_dims)
+    p, norm_old, found = torch.zeros_like(q), torch.ones_like(norm_A), torch.zeros_like(failed)
+    for step in range(PROJECTION_STEPS + 1):
+        s, norm_s = _unit(A_adjoint(q), batch_dims)
+        norm_q = precise_norm(q, batch_dims)
+        null = norm_s <= NULL_SLACK * eps * norm_A * norm_q
+        found = found | (failed & null & (_wide(abs(space.dot(q, u)), u) > noise * norm_q))
+        if step == PROJECTION_STEPS or not space.any(failed & exhausted & ~null & (norm_q > eps)):
+            return found
+        p = s + _times(norm_s / norm_old, p)
+        w, norm_w = _unit(A(p), batch_dims)
+        norm_A = torch.maximum(norm_A, norm_w / precise_norm(p, batch_dims))
+        q, norm_old = space.axpy(-space.dot(w, q), w, q), norm_s
+    return found
+
+
+def dimension(b: Tensor, batch_dims: int) -> int:
+    """The number of unknowns of each system."""
+    return math.prod(b.shape[batch_dims:])
+
+
+def _wide(scalar: Any, like: Tensor) -> Tensor:
+    """A scalar of either space as a float64 tensor on the device of `like`."""
+    return torch.as_tensor(scalar, dtype=torch.float64, device=like.device)
+
+
+def _times(a: Tensor, x: Tensor) -> Tensor:
+    """`a x`, one float64 scalar a system."""
+    return (a.reshape(a.shape + (1,) * (x.ndim - a.ndim)) * x).to(x.dtype)
+
+
+def _unit(x: Tensor, batch_dims: int) -> tuple[Tensor, Tensor]:
+    """`x / |x|`, zero for a zero `x`, and `|x|`."""
+    norm = precise_norm(x, batch_dims)
+    size = torch.where(norm > 0, norm, 1.0)
+    return (x / size.reshape(size.shape + (1,) * (x.ndim - size.ndim))).to(x.dtype), norm
 
 
 def enforce(on_failure: str, phase: str, x: Any, info: SolveInfo) -> None:

@@ -24,7 +24,9 @@ from .arguments import names_options, nearest
 from .closure import Closure, is_differentiable
 from .derivative import _Cut
 from .operators import LinearOperator, SparseOperator, aslinearoperator
-from .operators.base import AnyBatch, Claims, _derived_adjoint
+from .operators.base import derived_adjoint
+from .operators.claims import Claims
+from .operators.spaces import AnyBatch, agree
 from .pose import DEFAULT_RTOL, right_hand_side, square_operator, with_flat_params
 from .solve import solve_ex
 from .vectors import Layout, real_dtype
@@ -207,7 +209,7 @@ def check_operator(
         operator.claims = claims
     probe = _Probe(operator, like, batch_dims, samples, torch.Generator().manual_seed(seed), tolerance)
     items = tuple(probe.items())
-    subject = f"check_operator: {getattr(A, '__qualname__', None) or repr(operator)} on {_describe(like)}"
+    subject = f"check_operator: {getattr(A, '__qualname__', None) or operator.expression} on {_describe(like)}"
     return _reported(CheckReport(subject, items), raise_on_error)
 
 
@@ -301,9 +303,11 @@ class _Probe:
     # -- what A returns ------------------------------------------------------------------------------------------------
 
     def result(self) -> CheckItem:
-        declared = None if isinstance(self.operator.codomain, AnyBatch) else self.operator.codomain
+        declared = self.operator.codomain
+        if any(isinstance(leaf, AnyBatch) for leaf in pytree.tree_leaves(declared)):  # batch dimensions are free
+            declared = None
         y = self.A(self.random(self.like))
-        fault = ""
+        fault = "" if self.operator.codomain is None or agree(self.operator.codomain, y) else "A(v) is not in the codomain"
         for leaf in pytree.tree_leaves(y):
             if not isinstance(leaf, Tensor):
                 return CheckItem("result", False, message=f"expected A(v) to be made of Tensors, got {type(leaf).__name__}")
@@ -422,7 +426,7 @@ class _Probe:
         def apply(v: Tree) -> Tree:
             return self.operator.apply(_map(torch.clone, v))
 
-        return _derived_adjoint(apply, y, _map(torch.zeros_like, self.like), _map(torch.zeros_like, self.image))
+        return derived_adjoint(apply, y, _map(torch.zeros_like, self.like), _map(torch.zeros_like, self.image))
 
     def _dot_test(self, adjoint: Callable[[Tree], Tree]) -> float:
         x = self.random(self.like)
@@ -581,7 +585,7 @@ def check_gradient(
     operator = square_operator(function, flat_params)
     rhs, dims = right_hand_side(operator, b, batch_dims)
     layout = Layout.of(rhs, dims)
-    subject = f"check_gradient: {getattr(A, '__qualname__', None) or repr(operator)} on {_describe(b)}"
+    subject = f"check_gradient: {getattr(A, '__qualname__', None) or operator.expression} on {_describe(b)}"
 
     def packed(v: Tensor, *params: Tensor) -> Tensor:
         apply = operator.fn if params else operator.apply

@@ -82,9 +82,8 @@ class _Solve(torch.autograd.Function):
         # the pull-back of torch.func.vjp runs after its transform has ended, and its tensors are wrapped no more
         x_bar, x, b, report, *tensors = (_functorch.unwrap_if_dead(t) for t in (x_bar, *ctx.saved_tensors))
         given: list[Tensor] = tensors[: ctx.count]
-        for closure in problem.closures:
-            if closure is not None:
-                closure.check_constants()
+        for closure in problem.closures.values():
+            closure.check_constants()
         adjoint = _apply(problem.H, x_bar, None, ctx.count, *tensors)[0]
         grads[1] = adjoint
         needed = ctx.needs_input_grad[4:]

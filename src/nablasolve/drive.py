@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +122,8 @@ def run(
         space = TensorSpace(batch_dims, in_place=not unroll)
     parts = problem.split(given)
     A, M = _operators(problem, b, parts)
-    matrix = problem.operator.matrix(parts[0])
+    inverse = _inverse(problem, parts)
+    matrix = problem.operator.matrix(parts["operator"])
     if matrix is not None and problem.transposed:
         matrix = matrix.mH
 
@@ -141,7 +142,7 @@ def run(
     status = certify.opening(valid, norm_r, threshold)
     iterations: Scalar = space.full(0, b)
     watch = _Watch(problem, norm_r)
-    rescaled = _Rescaled(A, space) if M is None and matrix is None else None
+    rescaled = _Rescaled(A, space) if M is None and matrix is None and inverse is None else None
     first_cycle, direction, ended = True, None, status
 
     while True:
@@ -163,6 +164,7 @@ def run(
             matrix=matrix,
             kept=kept,
             adjoint_of_kept=problem.transposed,
+            inverse=inverse,
         )
         state = method.init(equation)
         while True:
@@ -183,8 +185,12 @@ def run(
         del state  # its vectors are not needed beside those of the next cycle
         correction = _rescale(d if rescaled is None else rescaled.restore(d), scale)
         x_new = correction if x is None else x + correction
+        del correction
         r_new = b - A(x_new)
         norm_new = precise_norm(r_new.detach(), batch_dims)
+        overflow = running & ((ended == Status.NONFINITE) | ~torch.isfinite(norm_new))
+        if space.any(overflow):
+            ended = torch.where(overflow, _who_overflowed(A, M, _where(running, _divide(r, scale)), batch_dims), ended)
         code = certify.verdict(status, ended, norm_r, norm_new, threshold, equation.epsilon)
         refused = ~running | certify.useless(code, norm_r, norm_new, first_cycle, equation.epsilon)
         if space.any(refused):
@@ -199,16 +205,34 @@ def run(
     A_adjoint: _Operator | None = None
     if not first_cycle and space.any(certify.unexplained(status)):
         definite = problem.positive_definite or method.positive_definite
-        A_adjoint = A if hermitian else _adjoint_or_none(problem, b, parts)
+        unknowns = certify.dimension(b, batch_dims)
+        if hermitian:
+            A_adjoint = A
+        elif unknowns > certify.SMALL:  # a smaller system is diagnosed without it
+            A_adjoint = _adjoint_or_none(problem, b, parts)
+        exhausted = (status != Status.MAXITER) | torch.as_tensor(iterations >= unknowns, device=b.device)
         with torch.no_grad():
-            status = certify.diagnose(space, A, A_adjoint, b, x, r, direction, status, hermitian, definite)
+            status = certify.diagnose(
+                space, A, A_adjoint, b, x, r, direction, status, threshold, exhausted, hermitian, definite
+            )
     if problem.transposed and (hermitian or problem.user_adjoint):
-        status, norm_r = _check_claimed_adjoint(problem, b, x, parts[0], status, norm_r, threshold)
+        status, norm_r = _check_claimed_adjoint(problem, b, x, parts["operator"], status, norm_r, threshold)
     matvecs, rmatvecs = _counts(problem, A, A_adjoint)
     relative = torch.where(norm_b > 0, norm_r / torch.where(norm_b > 0, norm_b, 1.0), norm_r)
     columns = (status, iterations, norm_r, relative, matvecs, rmatvecs)
     report = torch.stack([torch.as_tensor(c, device=b.device).to(norm_b).expand_as(norm_b) for c in columns], dim=-1)
     return Outcome(x, report, watch.history(), kept)
+
+
+def _who_overflowed(A: _Operator, M: Callable[[Tensor], Tensor] | None, start: Tensor, batch_dims: int) -> Tensor:
+    """What a NaN or an Inf in a cycle means: NONFINITE if `A` or `M` makes one of the vector that the cycle started with.
+
+    Where both make finite vectors of it, it is the method that has left the range of the dtype: a BREAKDOWN.
+    """
+    with torch.no_grad():
+        norms = [precise_norm(apply(start), batch_dims) for apply in (A, M) if apply is not None]
+    sound = torch.stack([torch.isfinite(norm) for norm in norms]).all(0)
+    return torch.where(sound, int(Status.BREAKDOWN), int(Status.NONFINITE))
 
 
 def _spread(a: Tensor, x: Tensor) -> Tensor:
@@ -258,7 +282,7 @@ class _Rescaled:
         return d if self.ordinary or self.size is None else _divide(d, self.size)
 
 
-def _adjoint_or_none(problem: Problem, like: Tensor, parts: Sequence[tuple[Tensor, ...]]) -> _Operator | None:
+def _adjoint_or_none(problem: Problem, like: Tensor, parts: Mapping[str, Sequence[Tensor]]) -> _Operator | None:
     """The adjoint of the operator that is being solved with, or None for code that autograd cannot see into."""
     try:
         return _operators(problem.H, like, parts)[0]
@@ -283,27 +307,31 @@ def _check_claimed_adjoint(
 
 
 def _operators(
-    problem: Problem, like: Tensor, parts: Sequence[tuple[Tensor, ...]]
+    problem: Problem, like: Tensor, parts: Mapping[str, Sequence[Tensor]]
 ) -> tuple[_Operator, Callable[[Tensor], Tensor] | None]:
     """`A` and `M` (or, for the transposed problem, `A^H` and the preconditioner of that side) as functions."""
 
-    def with_given(index: int) -> Callable[[Tensor], Tensor]:
-        closure = problem.closures[index]
-        assert closure is not None
-        return closure.bind(parts[index])
+    def bound(name: str) -> Callable[[Tensor], Tensor]:
+        return problem.closures[name].bind(parts[name])
 
     hermitian = problem.hermitian or problem.options.method.hermitian
-    A: Callable[[Tensor], Tensor] = with_given(0)
+    A = bound("operator")
     if problem.transposed and not hermitian:
-        A = with_given(1) if problem.operator_adjoint is not None else Transpose(A, like)
+        A = bound("operator_adjoint") if problem.operator_adjoint is not None else Transpose(A, like)
     M: Callable[[Tensor], Tensor] | None = None
     if problem.transposed and problem.adjoint_preconditioner is not None:
-        M = with_given(4)
+        M = bound("adjoint_preconditioner")
     elif problem.preconditioner is not None:
-        M = with_given(2)
+        M = bound("preconditioner")
         if problem.transposed and not hermitian:
-            M = with_given(3) if problem.preconditioner_adjoint is not None else Transpose(M, like)
+            M = bound("preconditioner_adjoint") if problem.preconditioner_adjoint is not None else Transpose(M, like)
     return _Operator("A", A), None if M is None else _Operator("M", M)
+
+
+def _inverse(problem: Problem, parts: Mapping[str, Sequence[Tensor]]) -> Callable[[Tensor], Tensor] | None:
+    """`r -> A^{-1} r`, or `A^{-H} r` for the transposed problem, where the structure of the operator gives it."""
+    name = "inverse_adjoint" if problem.transposed else "inverse"
+    return _Operator("A.factorise()", problem.closures[name].bind(parts[name])) if name in problem.closures else None
 
 
 def _counts(problem: Problem, A: _Operator, A_adjoint: _Operator | None) -> tuple[int, int]:

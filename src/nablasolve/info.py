@@ -50,7 +50,7 @@ _MESSAGES = {
 }
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class SolveInfo:
     """The record of one solve.
 
@@ -79,7 +79,7 @@ class SolveInfo:
     rmatvecs: Any
     method: str
     history: Tensor | None = None
-    _adjoint: list[SolveInfo] = field(default_factory=list, compare=False)
+    _adjoint: list[SolveInfo] = field(default_factory=list)
 
     @property
     def adjoint(self) -> SolveInfo | None:
@@ -95,6 +95,8 @@ class SolveInfo:
         return "\n".join(f"{n} x {s.name}: {s.message}" for s, n in zip(Status, counts, strict=True) if n)
 
     def __repr__(self) -> str:
+        if isinstance(self.status, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(self.status):
+            return f"SolveInfo(method={self.method!r}, of a batch of torch.vmap)"  # its tensors do not outlive the transform
         if isinstance(self.status, Tensor):
             return f"SolveInfo(method={self.method!r}, converged={self.converged}, status={self.status})"
         return (

@@ -9,6 +9,7 @@ from torch import nn
 
 from .arguments import nearest
 from .info import SolveInfo
+from .pose import check_method_name
 from .solve import solve, solve_with_record
 
 _OPTIONS = tuple(name for name, p in inspect.signature(solve).parameters.items() if p.kind == p.KEYWORD_ONLY)
@@ -26,11 +27,14 @@ class LinearSolve(nn.Module):
 
     Raises:
         TypeError: for an unknown option.
+        ValueError: for an unknown method.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.M = _known(options).pop("M", None)
+        if isinstance(options.get("method"), str):
+            check_method_name("method", options["method"])
         self.options = options
         self.info: SolveInfo | None = None
 

@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 from .arguments import check_choice, check_integer, check_maxiter, check_result, check_tolerance, nearest
 from .closure import Closure, MatrixClosure, transforms_active
 from .methods import CG, GMRES, METHODS, MINRES, Direct, Method
-from .operators import DenseOperator, LinearOperator, SparseOperator, aslinearoperator
-from .operators.base import check_structure
+from .operators import DenseOperator, LinearOperator, SparseOperator, aslinearoperator, spaces
+from .operators.factorisation import Factorisation
+from .operators.spaces import check_structure
 from .problem import Options, Problem
 from .vectors import Layout, real_dtype
 
@@ -82,8 +83,11 @@ def pose(
 
     adjoint = _adjoint_options(adjoint)
     n = max(1, vector[(0,) * batch_dims].numel() if vector.numel() else 0)
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    differentiate = grad != "none" and (torch.is_grad_enabled() or forward_mode)
+    factors = _Factors(operator, differentiate and grad == "unroll")
     forward = Options(
-        method=_method("method", method, operator, M),
+        method=_method("method", method, operator, M, factors),
         rtol=DEFAULT_RTOL[real_dtype(vector.dtype)] if rtol is None else check_tolerance("rtol", rtol),
         atol=check_tolerance("atol", atol),
         maxiter=check_maxiter("maxiter", maxiter, 10 * n),
@@ -92,19 +96,17 @@ def pose(
     # the adjoint of a claimed operator keeps the claim; a method that was asked for by name is inherited
     backward = replace(
         forward,
-        method=_method("adjoint['method']", adjoint["method"], operator, M) if "method" in adjoint else forward.method,
+        method=_method("adjoint['method']", adjoint["method"], operator, M, factors) if "method" in adjoint else forward.method,
         rtol=check_tolerance("adjoint['rtol']", adjoint["rtol"]) if adjoint.get("rtol") is not None else forward.rtol,
         maxiter=check_maxiter("adjoint['maxiter']", adjoint.get("maxiter"), forward.maxiter),
         atol=0.0,
         on_failure=on_adjoint_failure,
     )
 
-    preconditioner = None if M is None else _flat("M", _preconditioner("M", M, vector), layout)
+    preconditioner = None if M is None else _flat("M", _preconditioner("M", M, b, vector), layout)
     other = adjoint.get("M")
-    adjoint_preconditioner = None if other is None else _flat("M", _preconditioner("adjoint['M']", other, vector), layout)
+    adjoint_preconditioner = None if other is None else _flat("M", _preconditioner("adjoint['M']", other, b, vector), layout)
 
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    differentiate = grad != "none" and (torch.is_grad_enabled() or forward_mode)
     active = transforms_active()
     record = active or (differentiate and grad == "implicit")
     flat = _flat("A", operator, layout, with_params=bool(params))
@@ -117,6 +119,8 @@ def pose(
     else:
         main = Closure(flat.fn if params else flat.apply, params, declared=len(params))
     side = functools.partial(_side_closure, vector=vector, record=active)
+    direct = any(isinstance(options.method, Direct) for options in (forward, backward))
+    inverse = _flat_factors(factors.value, layout) if direct and not isinstance(operator, DenseOperator) else None
     problem = Problem(
         operator=main,
         operator_adjoint=_adjoint_closure(operator, flat, batch_dims, side),
@@ -126,6 +130,8 @@ def pose(
             side("M", preconditioner.apply_adjoint) if preconditioner is not None and preconditioner.has_adjoint else None
         ),
         adjoint_preconditioner=None if adjoint_preconditioner is None else side("M", adjoint_preconditioner.apply),
+        inverse=None if inverse is None else side("A.factorise()", inverse.solve),
+        inverse_adjoint=None if inverse is None else side("A.factorise()", inverse.solve_adjoint),
         hermitian=operator.hermitian or forward.method.hermitian,
         positive_definite=operator.positive_definite or forward.method.positive_definite,
         batch_dims=batch_dims,
@@ -162,6 +168,9 @@ def square_operator(A: Any, params: tuple[Tensor, ...]) -> LinearOperator:
         m, n = operator.matrix.shape[-2:]
         if m != n:
             raise ValueError(f"A: expected a square matrix, got shape {tuple(operator.matrix.shape)}")
+    elif operator.codomain is not None and not spaces.agree(operator.domain, operator.codomain):
+        between = f"from {spaces.shapes(operator.domain)} to {spaces.shapes(operator.codomain)}"
+        raise ValueError(f"A: expected a square operator, got {operator.expression} {between}")
     return operator.for_one_solve() if isinstance(operator, SparseOperator) else operator
 
 
@@ -191,8 +200,8 @@ def right_hand_side(operator: LinearOperator, b: Tree, batch_dims: Any) -> tuple
                 f"{tuple(leaf.shape[:batch_dims])}"
             )
     if not isinstance(operator, DenseOperator | SparseOperator):
-        check_structure("b", b, operator.domain)
-        return b, batch_dims
+        check_structure("b", b, operator.codomain)
+        return _promoted(b, operator.codomain), batch_dims
 
     matrix = operator.matrix
     if not spec.is_leaf():
@@ -217,6 +226,25 @@ def right_hand_side(operator: LinearOperator, b: Tree, batch_dims: Any) -> tuple
     return first.expand(*batch, n), len(batch)
 
 
+def _promoted(b: Tree, space: Tree) -> Tree:
+    """`b`, complex where the space is; its precision and device are to be those that an operator with tensors has."""
+    if space is None:
+        return b
+
+    def promoted(leaf: Tensor, like: Any) -> Tensor:
+        example = like.example if isinstance(like, spaces.AnyBatch) else like
+        if isinstance(like, spaces.AnyBatch):
+            if example.device != leaf.device:
+                raise ValueError(f"b: expected device {example.device} like A, got {leaf.device}")
+            if real_dtype(example.dtype) != real_dtype(leaf.dtype):
+                raise ValueError(f"b: expected a dtype of the precision of A, {example.dtype}, got {leaf.dtype}")
+        return leaf.to(leaf.dtype.to_complex()) if example.is_complex() and not leaf.is_complex() else leaf
+
+    leaves = pytree.tree_structure(space).flatten_up_to(b)
+    flat = [promoted(leaf, like) for leaf, like in zip(leaves, pytree.tree_leaves(space), strict=True)]
+    return pytree.tree_unflatten(flat, pytree.tree_structure(space))
+
+
 def _guess(layout: Layout, x0: Tree, vector: Tensor) -> Tensor:
     """The initial guess as a vector, checked against the solution's structure."""
     leaves = layout.leaves(x0)
@@ -224,6 +252,8 @@ def _guess(layout: Layout, x0: Tree, vector: Tensor) -> Tensor:
         got = pytree.tree_map(lambda leaf: type(leaf).__name__, x0)
         raise TypeError(f"x0: expected the structure of b, {layout.spec}, of Tensors, got {got}")
     for leaf, shape in zip(leaves, layout.shapes, strict=True):
+        if leaf.layout != torch.strided:
+            raise ValueError(f"x0: expected a dense tensor, got layout {leaf.layout}")
         if leaf.shape != shape:
             raise ValueError(f"x0: expected shape {tuple(shape)} like the solution, got {tuple(leaf.shape)}")
         if leaf.device != vector.device:
@@ -244,30 +274,50 @@ def _adjoint_options(adjoint: Any) -> Mapping[str, Any]:
     return adjoint
 
 
-def _method(name: str, method: Any, operator: LinearOperator, M: Any) -> Method[Any]:
+def check_method_name(name: str, method: str) -> None:
+    """Raise a ValueError that names the nearest method, where there is none of this name."""
+    if method not in METHODS:
+        raise ValueError(f"{name}: unknown method {method!r}{nearest(method, tuple(METHODS))}")
+
+
+class _Factors:
+    """The factorisation that an operator's structure gives, computed once and only if it is asked for."""
+
+    def __init__(self, operator: LinearOperator, differentiable: bool) -> None:
+        self.operator, self.differentiable = operator, differentiable
+
+    @functools.cached_property
+    def value(self) -> Factorisation | None:
+        if self.differentiable:  # unrolling goes through it
+            return self.operator.factorise()
+        with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
+            return self.operator.factorise()
+
+
+def _method(name: str, method: Any, operator: LinearOperator, M: Any, factors: _Factors) -> Method[Any]:
     """The method object of a name, an object or None."""
     dense = isinstance(operator, DenseOperator)
     if method is None:
-        if dense and M is None:
+        if M is None and (dense or factors.value is not None):
             return Direct(positive_definite_matrix=operator.positive_definite)
         if operator.positive_definite:
             return CG()
         return MINRES() if operator.hermitian else GMRES()
     if isinstance(method, str):
-        if method not in METHODS:
-            raise ValueError(f"{name}: unknown method {method!r}{nearest(method, tuple(METHODS))}")
+        check_method_name(name, method)
         method = Direct(positive_definite_matrix=operator.positive_definite) if method == "direct" else METHODS[method]()
     if not isinstance(method, Method):
         raise TypeError(f"{name}: expected a name or a method object such as GMRES(restart=50), got {type(method).__name__}")
     if isinstance(method, Direct):
-        if not dense:
-            raise ValueError(f"{name}: 'direct' needs A as a dense Tensor, got {operator!r}")
+        if not dense and factors.value is None:
+            needed = "A as a dense Tensor or an operator whose structure allows it"
+            raise ValueError(f"{name}: 'direct' needs {needed}, got {operator.expression}")
         if M is not None:
             raise ValueError("M: a direct method takes no preconditioner; choose an iterative method or leave M out")
     return method
 
 
-def _preconditioner(name: str, M: Any, vector: Tensor) -> LinearOperator:
+def _preconditioner(name: str, M: Any, b: Tree, vector: Tensor) -> LinearOperator:
     try:
         operator = aslinearoperator(M)
     except (TypeError, ValueError) as error:
@@ -280,6 +330,9 @@ def _preconditioner(name: str, M: Any, vector: Tensor) -> LinearOperator:
             raise ValueError(f"{name}: expected dtype {vector.dtype} like b, got {matrix.dtype}")
         if matrix.device != vector.device:
             raise ValueError(f"{name}: expected device {vector.device} like b, got {matrix.device}")
+    elif operator.domain is not None and not spaces.agree(operator.domain, b):
+        got = spaces.shapes(operator.domain)
+        raise ValueError(f"{name}: expected an operator on vectors {spaces.shapes(b)} like b, got one on {got}")
     return operator
 
 
@@ -306,6 +359,17 @@ def _flat(name: str, operator: LinearOperator, layout: Layout, with_params: bool
     flat = LinearOperator(packed(operator.fn if with_params else operator.apply), adjoint=adjoint)
     flat.claims = operator.claims
     return flat
+
+
+def _flat_factors(factors: Factorisation | None, layout: Layout) -> Factorisation | None:
+    """The factorisation on packed vectors."""
+    if factors is None or layout.single:
+        return factors
+
+    def packed(solve: Callable[[Tree], Tree]) -> Callable[[Tensor], Tensor]:
+        return lambda r: layout.pack(pytree.tree_unflatten(layout.leaves(solve(layout.unpack(r))) or [], layout.spec))
+
+    return Factorisation(packed(factors.solve), packed(factors.solve_adjoint))
 
 
 def _checked(name: str, apply: Callable[..., Tensor]) -> Callable[..., Tensor]:

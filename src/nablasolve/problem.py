@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -13,6 +13,18 @@ from .closure import Closure
 from .info import SolveInfo
 from .methods.base import Method
 from .vectors import Layout
+
+T = TypeVar("T")
+
+CLOSURES = (
+    "operator",
+    "operator_adjoint",
+    "preconditioner",
+    "preconditioner_adjoint",
+    "adjoint_preconditioner",
+    "inverse",
+    "inverse_adjoint",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +43,7 @@ class Problem:
     """A linear system without its numbers: everything that a solve needs beside the tensors.
 
     The tensors travel beside it, so that autograd and `torch.func` see them: `given` holds one tensor for each one
-    recorded by the five closures, in their order.
+    recorded by the closures, in their order.
 
     Attributes:
         operator: `v -> A v`.
@@ -39,6 +51,7 @@ class Problem:
         preconditioner: `r -> M r`, or None.
         preconditioner_adjoint: the user's `r -> M^H r`, or None to derive it.
         adjoint_preconditioner: the approximate inverse of `A^H` of `adjoint=dict(M=...)`, or None.
+        inverse, inverse_adjoint: `r -> A^{-1} r` and `r -> A^{-H} r` to rounding, where a structure gives them, or None.
         hermitian: whether `A` is claimed Hermitian.
         positive_definite: whether it is claimed positive definite.
         batch_dims: the number of leading dimensions that count systems.
@@ -58,6 +71,8 @@ class Problem:
     preconditioner: Closure | None
     preconditioner_adjoint: Closure | None
     adjoint_preconditioner: Closure | None
+    inverse: Closure | None
+    inverse_adjoint: Closure | None
     hermitian: bool
     positive_definite: bool
     batch_dims: int
@@ -99,47 +114,29 @@ class Problem:
     # -- the tensors -----------------------------------------------------------------------------------------------
 
     @property
-    def closures(self) -> tuple[Closure | None, ...]:
-        """The five closures, in the order of `given`; the first one alone has derivatives."""
-        return (
-            self.operator,
-            self.operator_adjoint,
-            self.preconditioner,
-            self.preconditioner_adjoint,
-            self.adjoint_preconditioner,
-        )
+    def closures(self) -> dict[str, Closure]:
+        """The closures that there are, by name, in the order of `given`; the operator alone has derivatives."""
+        named = {name: getattr(self, name) for name in CLOSURES}
+        return {name: closure for name, closure in named.items() if closure is not None}
 
     @property
     def recorded(self) -> tuple[Tensor, ...]:
         """The tensors of all closures, those of the operator first."""
-        return tuple(t for closure in self.closures if closure is not None for t in closure.recorded)
+        return tuple(t for closure in self.closures.values() for t in closure.recorded)
 
-    def split(self, given: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    def split(self, given: Sequence[T]) -> dict[str, Sequence[T]]:
         """The part of `given` that belongs to each closure."""
-        parts, start = [], 0
-        for closure in self.closures:
-            count = 0 if closure is None else len(closure.recorded)
-            parts.append(tuple(given[start : start + count]))
-            start += count
+        parts, start = {}, 0
+        for name, closure in self.closures.items():
+            parts[name] = given[start : start + len(closure.recorded)]
+            start += len(closure.recorded)
         return parts
 
     def vmapped(self, in_dims: Sequence[int | None]) -> Problem:
         """The problem with one more, leading, batch dimension; `in_dims[i]` is 0 where `given[i]` has it, else None."""
-        parts: list[Any] = []
-        start = 0
-        for closure in self.closures:
-            count = 0 if closure is None else len(closure.recorded)
-            parts.append(None if closure is None else closure.vmapped(in_dims[start : start + count]))
-            start += count
-        return replace(
-            self,
-            operator=parts[0],
-            operator_adjoint=parts[1],
-            preconditioner=parts[2],
-            preconditioner_adjoint=parts[3],
-            adjoint_preconditioner=parts[4],
-            batch_dims=self.batch_dims + 1,
-        )
+        dims = self.split(in_dims)
+        mapped: dict[str, Any] = {name: closure.vmapped(dims[name]) for name, closure in self.closures.items()}
+        return replace(self, **mapped, batch_dims=self.batch_dims + 1)
 
     def differentiable_apply(self, v: Tensor, given: Sequence[Tensor]) -> Tensor:
         """`A v` (or `A^H v`, transposed) as a function that autograd can differentiate again.
@@ -147,7 +144,7 @@ class Problem:
         The adjoint is always derived from `A` itself here, whatever the user supplied or claimed for speed, so that the
         second derivative is right also along directions in which a claim no longer holds.
         """
-        operator_given = self.split(given)[0]
+        operator_given = self.split(given)["operator"]
         if not self.transposed:
             return self.operator.apply(v, operator_given)
         return pull_back(lambda z: self.operator.apply(z, operator_given), v)

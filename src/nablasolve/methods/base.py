@@ -37,6 +37,7 @@ class Correction:
         matrix: the dense matrix of `A`, where `A` is one; else None.
         kept: what an earlier solve with the same `A` or its adjoint left (`Method.keep`).
         adjoint_of_kept: whether `kept` belongs to the adjoint of `A`.
+        inverse: `r -> A^{-1} r` to rounding, where the structure of `A` gives it; else None.
     """
 
     space: Space
@@ -48,6 +49,7 @@ class Correction:
     matrix: Tensor | None = None
     kept: tuple[Tensor, ...] = ()
     adjoint_of_kept: bool = False
+    inverse: Callable[[Tensor], Tensor] | None = None
 
     def precondition(self, r: Tensor) -> Tensor:
         """`M r`, or `r` itself where there is no preconditioner."""

@@ -34,7 +34,7 @@ class GMRES(Method[GMRESState]):
 
     For any square `A`. One product with `A` and one with `M` a step, one more of each at a restart; the residual norm is
     the true one, whatever `M`. Classical Gram-Schmidt with a second pass where the first one cancels. Storage:
-    `restart + 3` vectors beside `b` and what `A` and `M` return.
+    `restart + 4` vectors beside `b`, those that `A` and `M` return included: the basis, the residual and two more.
 
     Args:
         restart: the number of steps after which the method restarts from the true residual; at least 1.

@@ -1,7 +1,25 @@
-"""Operators: the base class and its algebra in `base.py`, then one family a file."""
+"""Operators: what all of them are in `base.py`, how they combine in `algebra.py`, then one family a file."""
 
 from .base import LinearOperator, aslinearoperator
+from .blocks import Block, BlockDiagonal, HStack, VStack
 from .dense import DenseOperator
+from .diagonal import Diagonal, Identity, Zero
+from .inverse import Inverse
+from .kronecker import Kronecker
 from .sparse import SparseOperator
 
-__all__ = ["DenseOperator", "LinearOperator", "SparseOperator", "aslinearoperator"]
+__all__ = [
+    "Block",
+    "BlockDiagonal",
+    "DenseOperator",
+    "Diagonal",
+    "HStack",
+    "Identity",
+    "Inverse",
+    "Kronecker",
+    "LinearOperator",
+    "SparseOperator",
+    "VStack",
+    "Zero",
+    "aslinearoperator",
+]

@@ -1,11 +1,10 @@
-"""Linear operators as values: composing, transposing and adding them makes new ones, and claims follow the algebra."""
+"""Linear operators as values: what every operator is, knows and can do."""
 
 from __future__ import annotations
 
 import copy
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,45 +12,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..adjoint import pull_back
-from ..arguments import nearest
+from ..arguments import names_options
 from ..vectors import Layout, flatten
-
-Tree = Any  # a tensor, or a pytree of tensors
-
-
-@dataclass(frozen=True)
-class Claims:
-    """What is known of an operator. `positive_definite` implies `hermitian`."""
-
-    hermitian: bool = False
-    positive_definite: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("hermitian", "positive_definite"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: expected a bool, got {type(getattr(self, name)).__name__}")
-        if self.positive_definite and not self.hermitian:
-            object.__setattr__(self, "hermitian", True)
-
-    @classmethod
-    def named(cls, claims: dict[str, Any]) -> Claims:
-        """The claims of keyword arguments.
-
-        Raises:
-            TypeError: for an unknown name, with the nearest known one, or a value that is not a bool.
-        """
-        known = ("hermitian", "positive_definite")
-        for name in claims:
-            if name not in known:
-                raise TypeError(f"aslinearoperator: unknown claim {name!r}{nearest(name, known)}")
-        return cls(**claims)
-
-
-@dataclass(frozen=True)
-class AnyBatch:
-    """The domain of a matrix: vectors of shape `(*batch, n)` with any batch; `example` has shape `(n,)`."""
-
-    example: Tensor
+from . import estimates, spaces
+from .claims import Claims
+from .factorisation import Factorisation
+from .spaces import AnyBatch, Tree, check_structure, space_of
+from .spectrum import Spectrum
 
 
 class LinearOperator:
@@ -65,14 +32,21 @@ class LinearOperator:
         codomain: an example of `A x`; by default like `domain`.
         hermitian: the claim that `A = A^H`.
         positive_definite: the claim that `A` is Hermitian positive definite.
+        positive_semidefinite: the claim that `A` is Hermitian and `x^H A x >= 0`.
+        unitary: the claim that `A^H A = A A^H = I`.
 
-    Operators combine: `A @ B`, `A + B`, `A - B`, `c * A`, `A / c`, `-A`, `A.H`, `A.T`, `A.conj()`, `A.gram(damp)`; and
-    apply: `A @ x`, `A(x)`.
+    Operators combine: `A @ B`, `A + B`, `A - B`, `c * A`, `A / c`, `-A`, `A.H`, `A.T`, `A.conj()`, `A.gram(damp)`,
+    `A.restrict(V)`, `A.inverse()`; and apply: `A @ x`, `A(x)`.
 
     Raises:
         TypeError: if `fn` or `adjoint` is not callable, or a claim is not a bool.
     """
 
+    fn: Callable[..., Any]
+    adjoint_fn: Callable[..., Any] | None = None
+    parts: tuple[LinearOperator, ...] = ()
+
+    @names_options
     def __init__(
         self,
         fn: Callable[..., Any],
@@ -82,6 +56,8 @@ class LinearOperator:
         codomain: Tree = None,
         hermitian: bool = False,
         positive_definite: bool = False,
+        positive_semidefinite: bool = False,
+        unitary: bool = False,
     ) -> None:
         if not callable(fn):
             raise TypeError(f"fn: expected a callable, got {type(fn).__name__}")
@@ -89,9 +65,16 @@ class LinearOperator:
             raise TypeError(f"adjoint: expected a callable or None, got {type(adjoint).__name__}")
         self.fn = fn
         self.adjoint_fn = adjoint
-        self.domain = _structure("domain", domain)
-        self.codomain = _structure("codomain", codomain) if codomain is not None else self.domain
-        self.claims = Claims(hermitian, positive_definite)
+        self.domain = space_of("domain", domain)
+        self.codomain = space_of("codomain", codomain) if codomain is not None else self.domain
+        self.claims = Claims.named(
+            {
+                "hermitian": hermitian,
+                "positive_definite": positive_definite,
+                "positive_semidefinite": positive_semidefinite,
+                "unitary": unitary,
+            }
+        )
 
     # -- application ---------------------------------------------------------------------------------------------
 
@@ -105,27 +88,32 @@ class LinearOperator:
             return self.adjoint_fn(y)
         if self.claims.hermitian:
             return self.apply(y)
-        return _derived_adjoint(self.apply, y, self.domain, self.codomain)
+        return derived_adjoint(self.apply, y, self.domain, self.codomain)
 
     @property
     def has_adjoint(self) -> bool:
         """Whether the adjoint is written down rather than derived by autograd."""
-        return self.adjoint_fn is not None or self.claims.hermitian
+        return self.has_user_adjoint or self.claims.hermitian
 
     @property
     def has_user_adjoint(self) -> bool:
-        """Whether the adjoint rests on a function that a user supplied."""
-        return self.adjoint_fn is not None
+        """Whether the adjoint rests on a function that a user supplied: an argument, or a method of a subclass."""
+        return self.adjoint_fn is not None or type(self).apply_adjoint is not LinearOperator.apply_adjoint
 
     @property
     def hermitian(self) -> bool:
-        """Whether the operator is claimed Hermitian."""
+        """Whether the operator is known to be Hermitian."""
         return self.claims.hermitian
 
     @property
     def positive_definite(self) -> bool:
-        """Whether the operator is claimed Hermitian positive definite."""
+        """Whether the operator is known to be Hermitian positive definite."""
         return self.claims.positive_definite
+
+    @property
+    def unitary(self) -> bool:
+        """Whether the operator is known to be unitary."""
+        return self.claims.unitary
 
     def __call__(self, x: Tree) -> Tree:
         """`A x` for a tensor or a pytree of tensors."""
@@ -141,10 +129,10 @@ class LinearOperator:
         Raises:
             ValueError: if the domain is not known.
         """
-        example = _structure("like", like) if like is not None else self.domain
+        example = space_of("like", like) if like is not None else self.domain
         if example is None:
             raise ValueError("like: the operator does not know its domain; pass an example: A.to_dense(like=x)")
-        zero = _zeros(example)
+        zero = spaces.zeros(example)
         layout = Layout.of(zero, 0)
         flat = flatten(layout.pack(zero), 0)
 
@@ -156,12 +144,113 @@ class LinearOperator:
             return column(flat).reshape(-1, 1)[:, :0]
         return torch.stack([column(e) for e in torch.eye(flat.numel(), dtype=flat.dtype, device=flat.device)], dim=1)
 
+    # -- structure -------------------------------------------------------------------------------------------------
+
+    def spectrum(self) -> Spectrum | None:
+        """The operator as a diagonal in a known unitary basis; None where there is none."""
+        return None
+
+    def factorise(self) -> Factorisation | None:
+        """How to solve with the operator directly; None where its structure does not allow it."""
+        spectrum = self.spectrum()
+        if spectrum is not None:
+            return spectrum.factorise()
+        return Factorisation(self.apply_adjoint, self.apply) if self.claims.unitary else None
+
+    def factorise_update(self, whole: LinearOperator) -> Factorisation | None:
+        """How to solve with `whole + self` directly, for an operator of low rank; None for any other."""
+        return None
+
+    def exact_diagonal(self) -> Tree | None:
+        """The diagonal, of the shape of a vector; None where the structure does not give it."""
+        spectrum = self.spectrum()
+        return None if spectrum is None else spectrum.diagonal()
+
+    def exact_trace(self) -> Tensor | None:
+        """The trace; None where the structure does not give it."""
+        spectrum = self.spectrum()
+        return None if spectrum is None else spectrum.trace()
+
+    def exact_norm(self) -> Tensor | None:
+        """The spectral norm; None where the structure does not give it."""
+        spectrum = self.spectrum()
+        return None if spectrum is None else spectrum.norm()
+
+    def exact_eigenvalue_bounds(self) -> tuple[Tensor, Tensor] | None:
+        """The smallest and the largest eigenvalue of a Hermitian operator; None where the structure does not give them."""
+        spectrum = self.spectrum()
+        return None if spectrum is None else spectrum.eigenvalue_bounds()
+
+    # -- estimates -------------------------------------------------------------------------------------------------
+
+    def diagonal(self, *, samples: int = 64, seed: int = 0, return_how: bool = False) -> Any:
+        """The diagonal, of the shape of a vector: exact where the structure gives it or `n <= samples`, else estimated.
+
+        Args:
+            samples: how many products an estimate may cost.
+            seed: of its random probes.
+            return_how: return `(diagonal, how)`, with `"exact"` or `"stochastic"`.
+
+        Raises:
+            ValueError: if the operator does not know its domain.
+
+        Source: Bekas, Kokiopoulou & Saad 2007.
+        """
+        return _answer(estimates.diagonal(self, samples, seed), return_how)
+
+    def trace(self, *, samples: int = 96, seed: int = 0, return_how: bool = False) -> Any:
+        """The trace, a 0-d tensor: exact where the structure gives it or `n <= samples`, else estimated.
+
+        Args:
+            samples: how many products an estimate may cost.
+            seed: of its random probes.
+            return_how: return `(trace, how)`, with `"exact"` or `"stochastic"`.
+
+        Raises:
+            ValueError: if the operator does not know its domain.
+
+        Source: Meyer, Musco, Musco & Woodruff 2021 (Hutch++).
+        """
+        return _answer(estimates.trace(self, samples, seed), return_how)
+
+    def norm_estimate(self, *, steps: int = 20, seed: int = 0, return_how: bool = False) -> Any:
+        """The spectral norm, a 0-d tensor: exact where the structure gives it, else a lower bound that is mostly close.
+
+        Args:
+            steps: how many products with `A` and with `A^H` an estimate may cost.
+            seed: of its start.
+            return_how: return `(norm, how)`, with `"exact"` or `"Lanczos"`.
+
+        Raises:
+            ValueError: if the operator does not know its domain.
+
+        Source: Golub & Van Loan 2013, §10.4.
+        """
+        return _answer(estimates.norm(self, steps, seed), return_how)
+
+    def eigenvalue_bounds(self, *, steps: int = 30, seed: int = 0, return_how: bool = False) -> Any:
+        """The smallest and the largest eigenvalue, 0-d tensors: exact where the structure gives them, else estimated.
+
+        Args:
+            steps: how many products an estimate may cost.
+            seed: of its start.
+            return_how: return `((smallest, largest), how)`, with `"exact"` or `"Lanczos"`.
+
+        Raises:
+            ValueError: if the operator does not know its domain, or is not known to be Hermitian.
+
+        Source: Parlett 1998, §13.2.
+        """
+        return _answer(estimates.eigenvalue_bounds(self, steps, seed), return_how)
+
     # -- algebra -------------------------------------------------------------------------------------------------
 
     @property
     def H(self) -> LinearOperator:
         """The adjoint (conjugate transpose)."""
-        return self if self.claims.hermitian else _Adjoint(self)
+        from .algebra import Adjoint
+
+        return self if self.claims.hermitian else Adjoint(self)
 
     @property
     def T(self) -> LinearOperator:
@@ -170,34 +259,63 @@ class LinearOperator:
 
     def conj(self) -> LinearOperator:
         """The complex conjugate, `x -> conj(A conj(x))`."""
-        return _Conjugate(self)
+        from .algebra import Conjugate
+
+        return Conjugate(self)
 
     def gram(self, damp: Any = 0.0) -> LinearOperator:
         """`A^H A + damp^2 I`, the operator of the normal equations of `min |A x - b|^2 + damp^2 |x|^2`.
 
-        Hermitian; claimed positive definite where `damp` is a number whose square is positive.
+        Hermitian positive semidefinite; claimed definite where `damp` is a number whose square is positive.
 
         Args:
             damp: a real number or 0-d tensor.
         """
-        _check_scalar("damp", damp)
-        if not _is_real(damp):
+        from .algebra import Gram
+
+        check_scalar("damp", damp)
+        if not is_real(damp):
             raise TypeError("damp: expected a real number or 0-d tensor, got a complex one")
-        return _Gram(self, damp)
+        return Gram(self, damp)
+
+    def restrict(self, V: Any) -> LinearOperator:
+        """`V^H A V`, the operator on the subspace that `V` spans (Galerkin's projection).
+
+        Args:
+            V: an operator or matrix from the small space into that of `A`, such as `Subsample(...).H`.
+
+        Raises:
+            ValueError: if `A` does not map the codomain of `V` into itself.
+        """
+        from .algebra import Restriction
+
+        return Restriction(self, aslinearoperator(V))
+
+    def inverse(self, **options: Any) -> LinearOperator:
+        """`A^{-1}` as an operator, each application of which is a `solve` with these options."""
+        from .inverse import Inverse
+
+        return Inverse(self, **options)
 
     def __matmul__(self, other: Any) -> Any:
         """The product with another operator, or the application to a vector (a matrix acts on each vector of a batch)."""
+        from .algebra import Product
+
         if isinstance(other, LinearOperator):
-            return _Product(self, other)
+            return Product(self, other)
         return self(other)
 
     def __add__(self, other: Any) -> LinearOperator:
-        return _Sum(self, aslinearoperator(other)) if _is_operator_like(other) else NotImplemented
+        from .algebra import Sum
+
+        return Sum(self, aslinearoperator(other)) if _is_operator_like(other) else NotImplemented
 
     def __radd__(self, other: Any) -> LinearOperator:
+        from .algebra import Sum
+
         if isinstance(other, int) and other == 0:  # where `sum` begins
             return self
-        return _Sum(aslinearoperator(other), self) if _is_operator_like(other) else NotImplemented
+        return Sum(aslinearoperator(other), self) if _is_operator_like(other) else NotImplemented
 
     def __sub__(self, other: Any) -> LinearOperator:
         return self + (-aslinearoperator(other)) if _is_operator_like(other) else NotImplemented
@@ -206,15 +324,17 @@ class LinearOperator:
         return aslinearoperator(other) + (-self) if _is_operator_like(other) else NotImplemented
 
     def __mul__(self, other: Any) -> LinearOperator:
-        return _Scaled(self, other) if _is_scalar(other) else NotImplemented
+        from .algebra import Scaled
+
+        return Scaled(self, other) if is_scalar(other) else NotImplemented
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> LinearOperator:
-        return _Scaled(self, 1 / other) if _is_scalar(other) else NotImplemented
+        return self * (1 / other) if is_scalar(other) else NotImplemented
 
     def __neg__(self) -> LinearOperator:
-        return _Scaled(self, -1)
+        return self * -1
 
     # a tensor or NumPy scalar on the left must leave `*`, `+`, `-` to the methods above
     __array_priority__ = 1000.0
@@ -226,146 +346,98 @@ class LinearOperator:
             return getattr(args[1], _REFLECTED[name])(args[0])
         return NotImplemented
 
+    # -- as a value ------------------------------------------------------------------------------------------------
+
+    def to(self, *args: Any, **kwargs: Any) -> LinearOperator:
+        """A copy on another device or in another precision, with the arguments of `torch.Tensor.to`; differentiable.
+
+        A real dtype changes the precision only: complex tensors stay complex.
+
+        Raises:
+            TypeError: if the operator is made of a function that may close over tensors: build that one anew.
+        """
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+
+        def moved(tensor: Tensor) -> Tensor:
+            if dtype is None or not (tensor.is_floating_point() or tensor.is_complex()):
+                return tensor.to(device)
+            return tensor.to(device, dtype.to_complex() if tensor.is_complex() else dtype)
+
+        return _moved(self, moved, {})  # type: ignore[no-any-return]
+
+    @property
+    def expression(self) -> str:
+        """The operator as one line."""
+        return self._label()
+
     def __repr__(self) -> str:
-        claims = [name for name in ("positive_definite", "hermitian") if getattr(self.claims, name)][:1]
-        return f"{self._describe()}" + (f" [{claims[0]}]" if claims else "")
+        """The expression as a tree, with shapes, dtypes and claims."""
+        return "\n".join(self._tree())
+
+    def _tree(self) -> list[str]:
+        lines = [self._describe()]
+        for part in self.parts:
+            last = part is self.parts[-1]
+            first, *rest = part._tree()
+            lines.append(("└─ " if last else "├─ ") + first)
+            lines += [("   " if last else "│  ") + line for line in rest]
+        return lines
 
     def _describe(self) -> str:
+        """The label with shapes, dtype and claims."""
+        known = ""
+        if self.domain is not None:
+            known = f": {spaces.describe(self.domain)}"
+            if self.codomain is not self.domain:
+                known += f" -> {spaces.describe(self.codomain)}"
+        claims = str(self.claims)
+        return f"{self._label()}{known}" + (f" [{claims}]" if claims else "")
+
+    def _label(self) -> str:
+        """What stands for the operator in a tree and in an expression."""
+        if type(self) is not LinearOperator:
+            return type(self).__name__
         return f"LinearOperator({getattr(self.fn, '__qualname__', type(self.fn).__name__)})"
 
+
+# whose objects may be callable, and take no tensor or give none of ours
+_NEIGHBOURS = {
+    "scipy": "nablasolve.interop.scipy.from_scipy",
+    "pylops": "nablasolve.interop.pylops.from_pylops",
+    "linear_operator": "nablasolve.interop.linear_operator.from_linear_operator",
+}
 
 _REFLECTED = {"mul": "__rmul__", "add": "__radd__", "sub": "__rsub__"}
 
 
-class _Composite(LinearOperator):
-    """An operator made of others; its adjoint is known where its parts' are."""
+class StructuredOperator(LinearOperator):
+    """An operator of this library: `apply` and `apply_adjoint` are both written down, and tested against each other.
 
-    def __init__(self, parts: tuple[LinearOperator, ...], domain: Tree, codomain: Tree, claims: Claims) -> None:
-        self.parts = parts
-        self.domain, self.codomain, self.claims = domain, codomain, claims
+    A subclass sets its tensors and numbers as attributes, and calls this constructor with its spaces and claims.
+    """
 
-    @property
-    def has_adjoint(self) -> bool:
-        return self.claims.hermitian or all(part.has_adjoint for part in self.parts)
-
-    @property
-    def has_user_adjoint(self) -> bool:
-        return any(part.has_user_adjoint for part in self.parts)
-
-
-class _Adjoint(_Composite):
-    def __init__(self, of: LinearOperator) -> None:
-        super().__init__((of,), of.codomain, of.domain, of.claims)
+    def __init__(self, domain: Tree, codomain: Tree = None, claims: Claims | None = None) -> None:
+        self.domain = domain
+        self.codomain = domain if codomain is None else codomain
+        self.claims = Claims() if claims is None else claims
 
     def apply(self, x: Tree) -> Tree:
-        return self.parts[0].apply_adjoint(x)
+        raise NotImplementedError
 
     def apply_adjoint(self, y: Tree) -> Tree:
-        return self.parts[0].apply(y)
+        raise NotImplementedError
 
     @property
     def has_adjoint(self) -> bool:
         return True
 
     @property
-    def H(self) -> LinearOperator:
-        return self.parts[0]
-
-    def _describe(self) -> str:
-        return f"({self.parts[0]!r}).H"
-
-
-class _Conjugate(_Composite):
-    def __init__(self, of: LinearOperator) -> None:
-        super().__init__((of,), of.domain, of.codomain, of.claims)
-
-    def apply(self, x: Tree) -> Tree:
-        return _map(torch.conj, self.parts[0].apply(_map(torch.conj, x)))
-
-    def apply_adjoint(self, y: Tree) -> Tree:
-        return _map(torch.conj, self.parts[0].apply_adjoint(_map(torch.conj, y)))
+    def has_user_adjoint(self) -> bool:
+        return False
 
     def conj(self) -> LinearOperator:
-        return self.parts[0]
-
-    def _describe(self) -> str:
-        return f"({self.parts[0]!r}).conj()"
-
-
-class _Sum(_Composite):
-    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
-        domain = _same("A + B", "domain", left.domain, right.domain)
-        codomain = _same("A + B", "codomain", left.codomain, right.codomain)
-        claims = Claims(left.hermitian and right.hermitian, left.positive_definite and right.positive_definite)
-        super().__init__((left, right), domain, codomain, claims)
-
-    def apply(self, x: Tree) -> Tree:
-        left, right = self.parts
-        return _map(_add, left.apply(x), right.apply(x))
-
-    def apply_adjoint(self, y: Tree) -> Tree:
-        left, right = self.parts
-        return _map(_add, left.apply_adjoint(y), right.apply_adjoint(y))
-
-    def _describe(self) -> str:
-        return f"({self.parts[0]!r} + {self.parts[1]!r})"
-
-
-class _Product(_Composite):
-    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
-        _same("A @ B", "inner space", left.domain, right.codomain)
-        super().__init__((left, right), right.domain, left.codomain, Claims())
-
-    def apply(self, x: Tree) -> Tree:
-        return self.parts[0].apply(self.parts[1].apply(x))
-
-    def apply_adjoint(self, y: Tree) -> Tree:
-        return self.parts[1].apply_adjoint(self.parts[0].apply_adjoint(y))
-
-    def _describe(self) -> str:
-        return f"({self.parts[0]!r} @ {self.parts[1]!r})"
-
-
-class _Scaled(_Composite):
-    def __init__(self, of: LinearOperator, factor: Any) -> None:
-        _check_scalar("factor", factor)
-        real = _is_real(factor)
-        # the sign of a tensor is data, and is not read
-        positive = real and not isinstance(factor, Tensor) and bool(factor > 0)
-        claims = Claims(of.hermitian and real, of.positive_definite and positive)
-        super().__init__((of,), of.domain, of.codomain, claims)
-        self.factor = factor
-
-    def apply(self, x: Tree) -> Tree:
-        return _map(lambda leaf: leaf * self.factor, self.parts[0].apply(x))
-
-    def apply_adjoint(self, y: Tree) -> Tree:
-        factor = self.factor.conj() if isinstance(self.factor, Tensor) else self.factor.conjugate()
-        return _map(lambda leaf: leaf * factor, self.parts[0].apply_adjoint(y))
-
-    def _describe(self) -> str:
-        factor = "tensor" if isinstance(self.factor, Tensor) else self.factor
-        return f"{factor} * ({self.parts[0]!r})"
-
-
-class _Gram(_Composite):
-    def __init__(self, of: LinearOperator, damp: Any) -> None:
-        definite = not isinstance(damp, Tensor) and bool(damp * damp > 0)
-        super().__init__((of,), of.domain, of.domain, Claims(hermitian=True, positive_definite=definite))
-        self.damp = damp
-
-    def apply(self, x: Tree) -> Tree:
-        y = self.parts[0].apply_adjoint(self.parts[0].apply(x))
-        if not isinstance(self.damp, Tensor) and self.damp == 0:
-            return y
-        return _map(lambda a, b: a + b * self.damp**2, y, x)
-
-    def apply_adjoint(self, y: Tree) -> Tree:
-        return self.apply(y)
-
-    def _describe(self) -> str:
-        damp = "tensor" if isinstance(self.damp, Tensor) else self.damp
-        return f"({self.parts[0]!r}).gram({damp})"
+        real = not spaces.is_complex(self.domain) and not spaces.is_complex(self.codomain)
+        return self if real else super().conj()
 
 
 def aslinearoperator(A: Any, **claims: Any) -> LinearOperator:
@@ -374,7 +446,8 @@ def aslinearoperator(A: Any, **claims: Any) -> LinearOperator:
     Args:
         A: a `LinearOperator`, a dense Tensor of shape `(..., m, n)`, a sparse Tensor of shape `(m, n)` in any layout, an
             `nn.Module` or another callable.
-        claims: `hermitian=`, `positive_definite=`; for a callable every option of `LinearOperator`.
+        claims: `hermitian=`, `positive_definite=`, `positive_semidefinite=`, `unitary=`; for a callable every option of
+            `LinearOperator`.
 
     Raises:
         TypeError: if `A` is none of these.
@@ -386,13 +459,15 @@ def aslinearoperator(A: Any, **claims: Any) -> LinearOperator:
     if isinstance(A, LinearOperator):
         if not claims:
             return A
-        new = Claims.named(claims)
-        result = copy.copy(A)
-        result.claims = Claims(new.hermitian or A.hermitian, new.positive_definite or A.positive_definite)
-        return result
+        claimed = copy.copy(A)
+        claimed.claims = A.claims | Claims.named(claims)
+        return claimed
     if isinstance(A, Tensor):
         kind = DenseOperator if A.layout == torch.strided else SparseOperator
         return kind(A, **claims)
+    neighbour = type(A).__module__.split(".")[0]
+    if neighbour in _NEIGHBOURS:
+        raise TypeError(f"A: {type(A).__name__} is of another library; convert it: {_NEIGHBOURS[neighbour]}(A)")
     if callable(A):
         return LinearOperator(A, **claims)
     raise TypeError(
@@ -403,107 +478,61 @@ def aslinearoperator(A: Any, **claims: Any) -> LinearOperator:
 # -- helpers -------------------------------------------------------------------------------------------------------
 
 
-def _map(function: Callable[..., Tensor], *trees: Tree) -> Tree:
-    if all(isinstance(tree, Tensor) for tree in trees):
-        return function(*trees)
-    return pytree.tree_map(function, *trees)
+def _answer(result: tuple[Any, str], return_how: bool) -> Any:
+    return result if return_how else result[0]
 
 
-def _add(a: Tensor, b: Tensor) -> Tensor:
-    if a.shape != b.shape:
-        raise ValueError(f"A + B: A gave shape {tuple(a.shape)} and B gave {tuple(b.shape)} for the same vector")
-    return a + b
-
-
-def _structure(name: str, example: Tree) -> Tree:
-    """Shapes and dtypes of an example, without its data."""
-    if example is None or isinstance(example, AnyBatch):
-        return example
-    leaves = pytree.tree_leaves(example)
-    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
-        raise TypeError(f"{name}: expected an example tensor or a pytree of tensors, got {type(example).__name__}")
-    return pytree.tree_map(lambda t: torch.empty((), dtype=t.dtype, device=t.device).expand(t.shape), example)
-
-
-def _zeros(structure: Tree) -> Tree:
-    if isinstance(structure, AnyBatch):
-        structure = structure.example
-    return pytree.tree_map(lambda t: torch.zeros(t.shape, dtype=t.dtype, device=t.device), structure)
-
-
-def _shapes(space: Tree) -> str:
-    if isinstance(space, AnyBatch):
-        return f"(..., {space.example.shape[0]})"
-    return str(pytree.tree_map(lambda t: tuple(t.shape), space))
-
-
-def _agree(left: Tree, right: Tree) -> bool:
-    """Whether two spaces can be the same."""
-    if isinstance(left, AnyBatch) and isinstance(right, AnyBatch):
-        return left.example.shape == right.example.shape
-    if isinstance(right, AnyBatch):
-        left, right = right, left
-    if isinstance(left, AnyBatch):
-        return isinstance(right, Tensor) and right.shape[-1:] == left.example.shape
-    return _shapes(left) == _shapes(right)
-
-
-def _same(expression: str, what: str, left: Tree, right: Tree) -> Tree:
-    """The common structure of two spaces, where they are known.
-
-    Raises:
-        ValueError: if they differ.
-    """
-    if left is None or right is None:
-        return right if left is None else left
-    if not _agree(left, right):
-        raise ValueError(f"{expression}: the {what} of A has shape {_shapes(left)}, that of B {_shapes(right)}")
-    return right if isinstance(left, AnyBatch) else left
-
-
-def matrix_spaces(matrix: Tensor) -> tuple[AnyBatch, AnyBatch]:
-    """Domain and codomain of a matrix of shape `(*batch, m, n)`."""
-    empty = torch.empty((), dtype=matrix.dtype, device=matrix.device)
-    return AnyBatch(empty.expand(matrix.shape[-1])), AnyBatch(empty.expand(matrix.shape[-2]))
-
-
-def check_structure(name: str, x: Tree, space: Tree) -> None:
-    """Raise if `x` is no element of a space that is known.
-
-    Raises:
-        TypeError: if it is no tensor or pytree of tensors.
-        ValueError: if its shape differs.
-    """
-    if not all(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(x)):
-        raise TypeError(f"{name}: expected a tensor or a pytree of tensors, got {type(x).__name__}")
-    if space is not None and not _agree(x, space):
-        raise ValueError(f"{name}: expected shape {_shapes(space)}, got {_shapes(x)}")
-
-
-def _derived_adjoint(apply: Callable[[Tree], Tree], y: Tree, domain: Tree, codomain: Tree) -> Tree:
+def derived_adjoint(apply: Callable[[Tree], Tree], y: Tree, domain: Tree, codomain: Tree) -> Tree:
     """`A^H y` by autograd; the domain is `y`'s own structure where none was given."""
-    example = y if domain is None else _zeros(domain)
+    example = y if domain is None else spaces.zeros(domain)
     layout_x, layout_y = Layout.of(example, 0), Layout.of(y, 0)
     packed = layout_y.pack(y)
     zero = torch.zeros_like(layout_x.pack(example))
-    declared_complex = domain is not codomain and any(leaf.is_complex() for leaf in pytree.tree_leaves(codomain))
+    declared_complex = domain is not codomain and spaces.is_complex(codomain)
     if packed.is_complex() and not declared_complex:  # a real operator acts on complex vectors
         zero = zero.to(packed.dtype)
     return layout_x.unpack(pull_back(lambda v: layout_y.pack(apply(layout_x.unpack(v))), packed, zero))
 
 
-def _is_real(value: Any) -> bool:
+def is_real(value: Any) -> bool:
+    """Whether a number or tensor has a real type."""
     return not value.is_complex() if isinstance(value, Tensor) else isinstance(value, numbers.Real)
 
 
-def _is_scalar(value: Any) -> bool:
+def is_scalar(value: Any) -> bool:
+    """Whether the value is a number or a 0-d tensor."""
     return isinstance(value, numbers.Number) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def check_scalar(name: str, value: Any) -> None:
+    """Raise a TypeError unless the value is a number or a 0-d tensor."""
+    if not is_scalar(value):
+        raise TypeError(f"{name}: expected a number or a 0-d tensor, got {type(value).__name__}")
 
 
 def _is_operator_like(value: Any) -> bool:
     return isinstance(value, LinearOperator) or (isinstance(value, Tensor) and value.ndim >= 2) or callable(value)
 
 
-def _check_scalar(name: str, value: Any) -> None:
-    if not _is_scalar(value):
-        raise TypeError(f"{name}: expected a number or a 0-d tensor, got {type(value).__name__}")
+def _moved(value: Any, move: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> Any:
+    """A copy of an attribute with its tensors moved; what is one thing stays one."""
+    if id(value) in memo:
+        return memo[id(value)]
+    result = value
+    if isinstance(value, Tensor):
+        result = move(value)
+    elif isinstance(value, AnyBatch):
+        result = AnyBatch(_moved(value.example, move, memo))
+    elif isinstance(value, torch.nn.Module):
+        result = copy.deepcopy(value)._apply(move)
+    elif isinstance(value, LinearOperator):
+        result = copy.copy(value)
+        for name, attribute in vars(value).items():
+            setattr(result, name, _moved(attribute, move, memo))
+    elif isinstance(value, tuple | list | dict):
+        result = pytree.tree_map(lambda leaf: _moved(leaf, move, memo), value)
+    elif callable(value) and not isinstance(value, type):
+        name = getattr(value, "__qualname__", type(value).__name__)
+        raise TypeError(f"to: the function {name} may close over tensors, which cannot be moved; build the operator anew")
+    memo[id(value)] = result
+    return result

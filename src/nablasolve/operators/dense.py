@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..closure import matvec
-from .base import Claims, LinearOperator, matrix_spaces
+from ..methods import direct
+from .base import LinearOperator, StructuredOperator
+from .claims import Claims
+from .factorisation import Factorisation
+from .spaces import any_batch
 
 
-class DenseOperator(LinearOperator):
+class DenseOperator(StructuredOperator):
     """A dense matrix, or a batch of them.
 
     Args:
@@ -28,8 +33,9 @@ class DenseOperator(LinearOperator):
         if not (matrix.is_floating_point() or matrix.is_complex()):
             raise ValueError(f"A: expected a floating-point or complex dtype, got {matrix.dtype}")
         self.matrix = matrix
-        self.domain, self.codomain = matrix_spaces(matrix)
-        self.claims = Claims.named(claims)
+        square = matrix.shape[-2] == matrix.shape[-1]
+        domain = any_batch(matrix.shape[-1:], matrix)
+        super().__init__(domain, domain if square else any_batch(matrix.shape[-2:-1], matrix), Claims.named(claims))
 
     def apply(self, x: Tensor) -> Tensor:
         return matvec(self.matrix, x)
@@ -38,22 +44,45 @@ class DenseOperator(LinearOperator):
         return matvec(self.matrix.mH, y)
 
     @property
-    def has_adjoint(self) -> bool:
-        return True
-
-    @property
-    def has_user_adjoint(self) -> bool:
-        return False
-
-    @property
     def H(self) -> LinearOperator:
-        return self if self.hermitian else DenseOperator(self.matrix.mH)
+        return self if self.hermitian else self._with(self.matrix.mH, self.claims.H)
 
     def conj(self) -> LinearOperator:
-        return DenseOperator(self.matrix.conj(), hermitian=self.hermitian, positive_definite=self.positive_definite)
+        return self._with(self.matrix.conj(), self.claims)
+
+    def _with(self, matrix: Tensor, claims: Claims) -> DenseOperator:
+        result = DenseOperator(matrix)
+        result.claims = claims
+        return result
+
+    def factorise(self) -> Factorisation | None:
+        if self.codomain is not self.domain:
+            return None
+        *factor, info = direct.factorise(self.matrix, self.positive_definite)
+        batch = self.matrix.shape[:-2]
+
+        def solve(r: Tensor, adjoint: bool) -> Tensor:
+            r = r.expand(*torch.broadcast_shapes(batch, r.shape[:-1]), r.shape[-1])
+            missing = (None,) * (r.ndim - 1 - len(batch))
+            x = direct.substitute(tuple(part[missing] for part in (*factor, info)), r, self.positive_definite, adjoint)
+            return torch.where(info.unsqueeze(-1) == 0, x, 0.0)
+
+        return Factorisation(lambda r: solve(r, False), lambda r: solve(r, True))
+
+    def exact_diagonal(self) -> Tensor | None:
+        return self.matrix.diagonal(dim1=-2, dim2=-1) if self.codomain is self.domain else None
+
+    def exact_trace(self) -> Tensor | None:
+        diagonal = self.exact_diagonal()
+        return None if diagonal is None else diagonal.sum(-1)
+
+    def exact_norm(self) -> Tensor:
+        norm: Tensor = torch.linalg.matrix_norm(self.matrix, ord=2)
+        return norm
+
+    def exact_eigenvalue_bounds(self) -> tuple[Tensor, Tensor]:
+        eigenvalues = torch.linalg.eigvalsh(self.matrix)
+        return eigenvalues[..., 0], eigenvalues[..., -1]
 
     def to_dense(self, like: Any = None) -> Tensor:
         return self.matrix
-
-    def _describe(self) -> str:
-        return f"DenseOperator{tuple(self.matrix.shape)}:{str(self.matrix.dtype).removeprefix('torch.')}"

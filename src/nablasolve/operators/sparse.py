@@ -11,14 +11,16 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..closure import is_wrapped, transforms_active
-from .base import Claims, LinearOperator, matrix_spaces
+from .base import StructuredOperator
+from .claims import Claims
+from .spaces import any_batch
 
 _BY_ROWS = (torch.sparse_csr, torch.sparse_bsr)
 # layouts whose transpose has no kernel in torch, or that have none themselves
 _BLOCKS = (torch.sparse_bsr, torch.sparse_bsc)
 
 
-class SparseOperator(LinearOperator):
+class SparseOperator(StructuredOperator):
     """A sparse matrix in COO, CSR, CSC, BSR or BSC layout.
 
     Products outside autograd use torch's sparse kernels. Differentiable ones are gathers and scatters of the stored
@@ -55,16 +57,10 @@ class SparseOperator(LinearOperator):
         # matrix has a graph of its own that lives as long.
         leaf = self.source.is_leaf and self.source.requires_grad
         self.values: Tensor | None = None if leaf else self._stored_values()
-        self.domain, self.codomain = matrix_spaces(self.matrix)
-        self.claims = Claims.named(claims)
-
-    @property
-    def has_adjoint(self) -> bool:
-        return True
-
-    @property
-    def has_user_adjoint(self) -> bool:
-        return False
+        m, n = matrix.shape
+        like = self.values if self.values is not None else self.matrix
+        domain = any_batch((n,), like)
+        super().__init__(domain, domain if m == n else any_batch((m,), like), Claims.named(claims))
 
     def apply(self, x: Tensor) -> Tensor:
         if self.matrix.layout == torch.sparse_bsc or _differentiable():
@@ -83,6 +79,16 @@ class SparseOperator(LinearOperator):
         values = self._blocks()
         blocks = values.new_zeros(m // p, n // q, p, q).index_put((self.rows, self.columns), values, accumulate=True)
         return blocks.transpose(1, 2).reshape(m, n)
+
+    def exact_diagonal(self) -> Tensor | None:
+        blocks = self._blocks()
+        _, p, q = blocks.shape
+        if self.codomain is not self.domain or p != q:
+            return None
+        on = self.rows == self.columns
+        diagonals = blocks[on].diagonal(dim1=-2, dim2=-1)
+        zero = torch.zeros((self.matrix.shape[0] // p, p), dtype=diagonals.dtype, device=diagonals.device)
+        return zero.index_add(0, self.rows[on], diagonals).reshape(-1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseOperator:
         """A copy with values of its own; torch has no deep copy of a compressed layout."""
@@ -109,9 +115,8 @@ class SparseOperator(LinearOperator):
         result.values = self._stored_values()
         return result
 
-    def _describe(self) -> str:
-        layout = str(self.matrix.layout).removeprefix("torch.sparse_").upper()
-        return f"SparseOperator{tuple(self.matrix.shape)}:{layout}:{str(self.matrix.dtype).removeprefix('torch.')}"
+    def _label(self) -> str:
+        return f"SparseOperator({str(self.matrix.layout).removeprefix('torch.sparse_').upper()})"
 
 
 def _differentiable() -> bool:

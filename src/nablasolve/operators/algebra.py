@@ -1,0 +1,312 @@
+"""The algebra of operators: adjoint, conjugate, sum, product, multiple, Gram operator, restriction.
+
+Each is a value that knows its parts, and so its adjoint, claims, spectrum and factorisation wherever theirs are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .base import LinearOperator, check_scalar
+from .claims import Claims
+from .factorisation import Factorisation
+from .spaces import Tree, common, same
+from .spectrum import Spectrum
+
+
+class Composite(LinearOperator):
+    """An operator made of others; its adjoint is known where its parts' are."""
+
+    def __init__(self, parts: tuple[LinearOperator, ...], domain: Tree, codomain: Tree, claims: Claims) -> None:
+        self.parts, self.claims = parts, claims
+        self.domain, self.codomain = domain, domain if same(domain, codomain) else codomain
+
+    @property
+    def has_adjoint(self) -> bool:
+        return self.claims.hermitian or all(part.has_adjoint for part in self.parts)
+
+    @property
+    def has_user_adjoint(self) -> bool:
+        return any(part.has_user_adjoint for part in self.parts)
+
+
+class Adjoint(Composite):
+    """`A^H`."""
+
+    def __init__(self, of: LinearOperator) -> None:
+        super().__init__((of,), of.codomain, of.domain, of.claims.H)
+
+    def apply(self, x: Tree) -> Tree:
+        return self.parts[0].apply_adjoint(x)
+
+    def apply_adjoint(self, y: Tree) -> Tree:
+        return self.parts[0].apply(y)
+
+    @property
+    def has_adjoint(self) -> bool:
+        return True
+
+    @property
+    def H(self) -> LinearOperator:
+        return self.parts[0]
+
+    def spectrum(self) -> Spectrum | None:
+        spectrum = self.parts[0].spectrum()
+        return None if spectrum is None else spectrum.H
+
+    def factorise(self) -> Factorisation | None:
+        factors = self.parts[0].factorise()
+        return None if factors is None else factors.H
+
+    def exact_diagonal(self) -> Tree | None:
+        diagonal = self.parts[0].exact_diagonal()
+        return None if diagonal is None else map_leaves(torch.conj, diagonal)
+
+    def exact_norm(self) -> Tensor | None:
+        return self.parts[0].exact_norm()
+
+    @property
+    def expression(self) -> str:
+        return f"{self.parts[0].expression}.H"
+
+
+class Conjugate(Composite):
+    """`conj(A)`."""
+
+    def __init__(self, of: LinearOperator) -> None:
+        super().__init__((of,), of.domain, of.codomain, of.claims)
+
+    def apply(self, x: Tree) -> Tree:
+        return map_leaves(torch.conj, self.parts[0].apply(map_leaves(torch.conj, x)))
+
+    def apply_adjoint(self, y: Tree) -> Tree:
+        return map_leaves(torch.conj, self.parts[0].apply_adjoint(map_leaves(torch.conj, y)))
+
+    def conj(self) -> LinearOperator:
+        return self.parts[0]
+
+    def spectrum(self) -> Spectrum | None:
+        spectrum = self.parts[0].spectrum()
+        return None if spectrum is None else spectrum.conj()
+
+    def factorise(self) -> Factorisation | None:
+        factors = self.parts[0].factorise()
+        return None if factors is None else factors.conj()
+
+    def exact_diagonal(self) -> Tree | None:
+        diagonal = self.parts[0].exact_diagonal()
+        return None if diagonal is None else map_leaves(torch.conj, diagonal)
+
+    def exact_norm(self) -> Tensor | None:
+        return self.parts[0].exact_norm()
+
+    @property
+    def expression(self) -> str:
+        return f"{self.parts[0].expression}.conj()"
+
+
+class Sum(Composite):
+    """`A + B`."""
+
+    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
+        expression = f"{left.expression} + {right.expression}"
+        domain = common(expression, ("domain of the left", "domain of the right"), left.domain, right.domain)
+        codomain = common(expression, ("codomain of the left", "codomain of the right"), left.codomain, right.codomain)
+        super().__init__((left, right), domain, codomain, left.claims.plus(right.claims))
+
+    def apply(self, x: Tree) -> Tree:
+        left, right = self.parts
+        return map_leaves(add, left.apply(x), right.apply(x))
+
+    def apply_adjoint(self, y: Tree) -> Tree:
+        left, right = self.parts
+        return map_leaves(add, left.apply_adjoint(y), right.apply_adjoint(y))
+
+    def spectrum(self) -> Spectrum | None:
+        left, right = (part.spectrum() for part in self.parts)
+        return None if left is None or right is None else left.plus(right)
+
+    def factorise(self) -> Factorisation | None:
+        direct = super().factorise()
+        if direct is not None:
+            return direct
+        for whole, update in (self.parts, self.parts[::-1]):
+            factors = update.factorise_update(whole)
+            if factors is not None:
+                return factors
+        return None
+
+    def exact_diagonal(self) -> Tree | None:
+        left, right = (part.exact_diagonal() for part in self.parts)
+        return None if left is None or right is None else map_leaves(torch.add, left, right)
+
+    @property
+    def expression(self) -> str:
+        return f"({self.parts[0].expression} + {self.parts[1].expression})"
+
+
+class Product(Composite):
+    """`A B`."""
+
+    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
+        expression = f"{left.expression} @ {right.expression}"
+        common(expression, ("domain of the left", "codomain of the right"), left.domain, right.codomain)
+        claims = left.claims.times(right.claims)
+        if any(isinstance(a, Adjoint) and a.parts[0] is b for a, b in ((left, right), (right, left))):  # A^H A, or A A^H
+            claims |= Claims(positive_semidefinite=True)
+        super().__init__((left, right), right.domain, left.codomain, claims)
+
+    def apply(self, x: Tree) -> Tree:
+        return self.parts[0].apply(self.parts[1].apply(x))
+
+    def apply_adjoint(self, y: Tree) -> Tree:
+        return self.parts[1].apply_adjoint(self.parts[0].apply_adjoint(y))
+
+    def spectrum(self) -> Spectrum | None:
+        left, right = (part.spectrum() for part in self.parts)
+        return None if left is None or right is None else left.times(right)
+
+    def factorise(self) -> Factorisation | None:
+        direct = super().factorise()
+        if direct is not None:
+            return direct
+        left = self.parts[0].factorise()
+        right = None if left is None else self.parts[1].factorise()
+        return None if left is None or right is None else left.then(right)
+
+    @property
+    def expression(self) -> str:
+        return f"({self.parts[0].expression} @ {self.parts[1].expression})"
+
+
+class Scaled(Composite):
+    """`c A` for a number or 0-d tensor `c`."""
+
+    def __init__(self, of: LinearOperator, factor: Any) -> None:
+        check_scalar("factor", factor)
+        super().__init__((of,), of.domain, of.codomain, of.claims.scaled(factor))
+        self.factor = factor
+
+    def apply(self, x: Tree) -> Tree:
+        return map_leaves(lambda leaf: leaf * self.factor, self.parts[0].apply(x))
+
+    def apply_adjoint(self, y: Tree) -> Tree:
+        return map_leaves(lambda leaf: leaf * _conj(self.factor), self.parts[0].apply_adjoint(y))
+
+    def spectrum(self) -> Spectrum | None:
+        spectrum = self.parts[0].spectrum()
+        return None if spectrum is None else spectrum.scaled(self.factor)
+
+    def factorise(self) -> Factorisation | None:
+        factors = self.parts[0].factorise()
+        return None if factors is None else factors.scaled(self.factor)
+
+    def exact_diagonal(self) -> Tree | None:
+        diagonal = self.parts[0].exact_diagonal()
+        return None if diagonal is None else map_leaves(lambda leaf: leaf * self.factor, diagonal)
+
+    def exact_norm(self) -> Tensor | None:
+        norm = self.parts[0].exact_norm()
+        return None if norm is None else norm * abs(self.factor)
+
+    def _label(self) -> str:
+        return f"{_number(self.factor)} *"
+
+    @property
+    def expression(self) -> str:
+        return f"{_number(self.factor)} * {self.parts[0].expression}"
+
+
+class Gram(Composite):
+    """`A^H A + damp^2 I`."""
+
+    def __init__(self, of: LinearOperator, damp: Any) -> None:
+        super().__init__((of,), of.domain, of.domain, of.claims.gram(damp))
+        self.damp = damp
+
+    @property
+    def damped(self) -> bool:
+        """Whether there is a damping, or may be one: the value of a tensor is not read."""
+        return isinstance(self.damp, Tensor) or self.damp != 0
+
+    def apply(self, x: Tree) -> Tree:
+        y = self.parts[0].apply_adjoint(self.parts[0].apply(x))
+        return map_leaves(lambda a, b: a + b * self.damp**2, y, x) if self.damped else y
+
+    def apply_adjoint(self, y: Tree) -> Tree:
+        return self.apply(y)
+
+    def spectrum(self) -> Spectrum | None:
+        spectrum = self.parts[0].spectrum()
+        return None if spectrum is None else spectrum.gram(self.damp)
+
+    def factorise(self) -> Factorisation | None:
+        direct = super().factorise()
+        if direct is not None or self.damped:
+            return direct
+        factors = self.parts[0].factorise()
+        return None if factors is None else factors.H.then(factors)
+
+    def exact_norm(self) -> Tensor | None:
+        norm = self.parts[0].exact_norm()
+        return None if norm is None else norm**2 + self.damp**2
+
+    def _label(self) -> str:
+        return f"Gram(damp={_number(self.damp)})"
+
+    @property
+    def expression(self) -> str:
+        return f"{self.parts[0].expression}.gram({_number(self.damp)})"
+
+
+class Restriction(Composite):
+    """`V^H A V`."""
+
+    def __init__(self, of: LinearOperator, V: LinearOperator) -> None:
+        expression = f"{of.expression}.restrict({V.expression})"
+        common(expression, ("domain of A", "codomain of V"), of.domain, V.codomain)
+        common(expression, ("codomain of A", "codomain of V"), of.codomain, V.codomain)
+        super().__init__((of, V), V.domain, V.domain, of.claims.congruent(V.claims))
+
+    def apply(self, x: Tree) -> Tree:
+        A, V = self.parts
+        return V.apply_adjoint(A.apply(V.apply(x)))
+
+    def apply_adjoint(self, y: Tree) -> Tree:
+        A, V = self.parts
+        return V.apply_adjoint(A.apply_adjoint(V.apply(y)))
+
+    def factorise(self) -> Factorisation | None:
+        A, V = self.parts
+        return (V.H @ A @ V).factorise() if V.claims.unitary else None
+
+    @property
+    def expression(self) -> str:
+        return f"{self.parts[0].expression}.restrict({self.parts[1].expression})"
+
+
+def map_leaves(function: Callable[..., Tensor], *trees: Tree) -> Tree:
+    """The function of each leaf."""
+    if all(isinstance(tree, Tensor) for tree in trees):
+        return function(*trees)
+    return pytree.tree_map(function, *trees)
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """`a + b` without broadcasting."""
+    if a.shape != b.shape:
+        raise ValueError(f"A + B: A gave shape {tuple(a.shape)} and B gave {tuple(b.shape)} for the same vector")
+    return a + b
+
+
+def _conj(factor: Any) -> Any:
+    return factor.conj() if isinstance(factor, Tensor) else factor.conjugate()
+
+
+def _number(factor: Any) -> str:
+    return "tensor" if isinstance(factor, Tensor) else str(factor)
