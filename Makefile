@@ -48,5 +48,6 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -c constraints.txt torch
 	$(call say,'Environment 3/3: nablasolve and its tools')
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]'
+	@$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps deepinv
 	@touch $@
 	$(call say,'Environment ready')
