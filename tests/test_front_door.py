@@ -8,6 +8,7 @@ import logging
 import pickle
 import re
 from collections import OrderedDict, namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -1300,3 +1301,49 @@ def test_records_of_batches_can_be_compared_and_shown():
     layer = ns.LinearSolve(method="gmres")
     torch.vmap(lambda b: layer(lambda v: 2 * v, b))(torch.ones(3, 2))
     assert "torch.vmap" in repr(layer.info)
+
+
+@pytest.mark.parametrize("method", [ns.GMRES, ns.CG, ns.Direct])
+def test_an_unknown_option_of_a_method_names_the_nearest(method):
+    option = {ns.GMRES: "restrat", ns.CG: "restart", ns.Direct: "positive_definite"}[method]
+    with pytest.raises(TypeError, match=rf"{method.__name__}: unknown option '{option}'"):
+        method(**{option: 1})
+    with pytest.raises(TypeError, match="did you mean 'restart'"):
+        ns.GMRES(restrat=3)
+
+
+def test_a_warning_names_the_line_of_the_user():
+    b = torch.ones(5, requires_grad=True)
+    d = torch.logspace(0, 5, 5)
+    with pytest.warns(ns.ConvergenceWarning) as forward:
+        x = ns.solve(lambda v: d * v, b, method="cg", maxiter=2, on_failure="warn")
+    with pytest.warns(ns.ConvergenceWarning) as backward:
+        x.sum().backward()
+    assert [Path(warning.filename).name for warning in (*forward, *backward)] == [Path(__file__).name] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_dense_matrix_of_16_bits_is_factorised_in_32(dtype):
+    A = (torch.eye(4) * 3 + torch.arange(16).reshape(4, 4) / 20).to(dtype).requires_grad_()
+    b = torch.ones(4, dtype=dtype, requires_grad=True)
+    x, info = ns.solve_ex(A, b)
+    assert info.method == "direct"
+    assert info.converged
+    assert x.dtype == dtype
+    assert torch.allclose(x.float(), torch.linalg.solve(A.float(), b.float()), rtol=2e-2)
+    (g,) = torch.autograd.grad(x.sum(), A)
+    assert g.dtype == dtype
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_leaves_no_finite_record_and_no_finite_gradient(value):
+    b = torch.ones(2, 3, dtype=torch.float64)
+    b[1, 0] = value
+    _, info = ns.solve_ex(lambda v: 2 * v, b, batch_dims=1, method="gmres")
+    assert info.converged.tolist() == [True, False]
+    assert info.relative_residual[1].isnan()
+    assert info.residual_norm[1].isnan()
+    good = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    y = ns.solve(lambda v: 2 * v, good, on_failure="ignore")
+    (g,) = torch.autograd.grad((y * value).sum(), good)
+    assert g.isnan().all()

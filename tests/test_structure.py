@@ -397,6 +397,18 @@ def test_a_real_right_hand_side_of_a_complex_operator_is_promoted():
     assert torch.allclose(x, torch.full((6,), -1j, dtype=C128))
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_sum_of_a_real_and_a_complex_operator_is_complex(order):
+    parts = [Diagonal(D), aslinearoperator(0.1j * W)][::order]
+    x = ns.solve(parts[0] + parts[1], D)
+    assert torch.allclose(x, torch.linalg.solve(torch.diag(D) + 0.1j * W, D.to(C128)))
+
+
+def test_a_sum_broadcasts_the_batches_of_its_parts():
+    many = draw(3, 6, 6, seed=9)
+    assert torch.allclose((aslinearoperator(many) + aslinearoperator(W))(D), (many + W) @ D)
+
+
 def test_zero_keeps_batches_and_trees():
     Z = Zero({"a": D, "b": D[:2]}, D[:3])
     y = Z({"a": draw(4, 6), "b": draw(4, 2)})

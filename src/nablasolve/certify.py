@@ -7,6 +7,7 @@ recomputes `b - A x`, and what is decided here rests on that residual alone.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -242,9 +243,18 @@ def enforce(on_failure: str, phase: str, x: Any, info: SolveInfo) -> None:
         return
     text = _describe(phase, info)
     if on_failure == "warn":
-        warnings.warn(text, ConvergenceWarning, stacklevel=2)
+        warnings.warn(text, ConvergenceWarning, stacklevel=_outside())
         return
     raise ConvergenceError(text, x, info)
+
+
+def _outside() -> int:
+    """The `stacklevel` at which a warning of `enforce` names the line that called the library, or autograd."""
+    package, level = __name__.split(".")[0], 2
+    frame = sys._getframe(level)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] in (package, "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _describe(phase: str, info: SolveInfo) -> str:

@@ -218,6 +218,9 @@ def run(
     if problem.transposed and (hermitian or problem.user_adjoint):
         status, norm_r = _check_claimed_adjoint(problem, b, x, parts["operator"], status, norm_r, threshold)
     matvecs, rmatvecs = _counts(problem, A, A_adjoint)
+    norm_r = torch.where(valid, norm_r, torch.nan)  # what was asked was not solved, however well zero solves zero
+    if problem.derived and space.any(~valid):  # the derivative of a loss that is not finite
+        x = _where(valid, x, torch.full_like(x, torch.nan))
     relative = torch.where(norm_b > 0, norm_r / torch.where(norm_b > 0, norm_b, 1.0), norm_r)
     columns = (status, iterations, norm_r, relative, matvecs, rmatvecs)
     report = torch.stack([torch.as_tensor(c, device=b.device).to(norm_b).expand_as(norm_b) for c in columns], dim=-1)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..arguments import names_options
 from ..info import Status
 from ..vectors import Scalar
 from .base import Correction, Method, State, initial_status, zeros
@@ -24,6 +25,7 @@ class BiCGStabState(State):
     rho: Scalar
 
 
+@names_options
 @dataclass(frozen=True)
 class BiCGStab(Method[BiCGStabState]):
     """BiCGStab (van der Vorst 1992; Saad 2003, Algorithm 7.7), preconditioned on the right.

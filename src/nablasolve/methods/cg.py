@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..arguments import names_options
 from ..info import Status
 from ..vectors import Scalar
 from .base import Correction, Method, State, initial_status, zeros
@@ -24,6 +25,7 @@ class CGState(State):
     largest: Scalar
 
 
+@names_options
 @dataclass(frozen=True)
 class CG(Method[CGState]):
     """The preconditioned conjugate gradient method (Hestenes & Stiefel 1952; Saad 2003, Algorithm 9.1).

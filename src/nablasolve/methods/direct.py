@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..arguments import names_options
 from ..info import Status
+from ..vectors import accumulator_dtype
 from .base import Correction, Method, State, initial_status, zeros
 
 
@@ -21,6 +23,7 @@ class DirectState(State):
     factor: tuple[Tensor, ...]
 
 
+@names_options
 @dataclass(frozen=True)
 class Direct(Method[DirectState]):
     """LU (or Cholesky) factorisation of a dense matrix, with steps of iterative refinement where they are needed.
@@ -71,7 +74,11 @@ class Direct(Method[DirectState]):
 
 
 def factorise(matrix: Tensor, positive_definite: bool) -> tuple[Tensor, ...]:
-    """Cholesky's factor, or LU and its pivots, of matrices `(*batch, n, n)`; the last part is not 0 where it failed."""
+    """Cholesky's factor, or LU and its pivots, of matrices `(*batch, n, n)`; the last part is not 0 where it failed.
+
+    Matrices of 16 bits are factorised in 32.
+    """
+    matrix = matrix.to(accumulator_dtype(matrix.dtype))
     return tuple(torch.linalg.cholesky_ex(matrix) if positive_definite else torch.linalg.lu_factor_ex(matrix))
 
 
@@ -79,6 +86,8 @@ def substitute(factor: tuple[Tensor, ...], r: Tensor, positive_definite: bool, a
     """`A^{-1} r`, or `A^{-H} r`, for `r` of shape `(*batch, n)` and a factor with the same batch dimensions or 1s."""
     if r.is_complex() and not factor[0].is_complex():  # a real matrix acts on both parts
         return torch.complex(*(substitute(factor, part, positive_definite, adjoint) for part in (r.real, r.imag)))
+    if r.dtype in (torch.float16, torch.bfloat16):
+        return substitute(factor, r.to(factor[0].dtype), positive_definite, adjoint).to(r.dtype)
     parts, n = factor[:-1], r.shape[-1]
     shared = parts[0].numel() == n * n
     if shared:  # one matrix, many right-hand sides: they are its columns

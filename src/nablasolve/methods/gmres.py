@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..arguments import names_options
 from ..info import Status
 from ..vectors import Basis, Scalar
 from .base import CYCLE_END, Correction, Method, State, initial_status, positive_integer, zeros
@@ -28,6 +29,7 @@ class GMRESState(State):
     norm_A: Scalar
 
 
+@names_options
 @dataclass(frozen=True)
 class GMRES(Method[GMRESState]):
     """GMRES(restart) (Saad & Schultz 1986; Saad 2003, Algorithm 9.5), preconditioned on the right.

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..arguments import names_options
 from ..info import Status
 from ..vectors import Scalar
 from .base import Correction, Method, State, initial_status, zeros
@@ -44,6 +45,7 @@ def _noise(problem: Correction, steps: int) -> float:
     return float(min((100 + 40 * steps) * problem.epsilon, 4 * problem.epsilon**0.75))
 
 
+@names_options
 @dataclass(frozen=True)
 class MINRES(Method[MINRESState]):
     """MINRES (Paige & Saunders 1975), preconditioned by a Hermitian positive definite `M`.

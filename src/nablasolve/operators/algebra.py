@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from .base import LinearOperator, check_scalar
 from .claims import Claims
 from .factorisation import Factorisation
-from .spaces import Tree, common, same
+from .spaces import AnyBatch, Tree, common, same
 from .spectrum import Spectrum
 
 
@@ -121,11 +121,15 @@ class Sum(Composite):
 
     def apply(self, x: Tree) -> Tree:
         left, right = self.parts
-        return map_leaves(add, left.apply(x), right.apply(x))
+        return self._added(left.apply(x), right.apply(x))
 
     def apply_adjoint(self, y: Tree) -> Tree:
         left, right = self.parts
-        return map_leaves(add, left.apply_adjoint(y), right.apply_adjoint(y))
+        return self._added(left.apply_adjoint(y), right.apply_adjoint(y))
+
+    def _added(self, left: Tree, right: Tree) -> Tree:
+        # where batch dimensions are free, an operator may bring its own
+        return map_leaves(torch.add if isinstance(self.domain, AnyBatch) else add, left, right)
 
     def spectrum(self) -> Spectrum | None:
         left, right = (part.spectrum() for part in self.parts)

@@ -161,8 +161,17 @@ def common(expression: str, what: tuple[str, str], left: Tree, right: Tree) -> T
         raise ValueError(
             f"{expression}: the {what[0]} has shape {shapes(left)} and the {what[1]} {shapes(right)}; they must be the same"
         )
-    free = any(isinstance(leaf, AnyBatch) for leaf in pytree.tree_leaves(left))
-    return right if free else left
+    return pytree.tree_map(_common_leaf, left, right)
+
+
+def _common_leaf(left: Any, right: Any) -> Any:
+    """The one with fewer free dimensions, complex where one of them is."""
+    first, second = (right, left) if isinstance(left, AnyBatch) else (left, right)
+    (example,), (other,) = examples(first), examples(second)
+    if example.is_complex() or not other.is_complex():
+        return first
+    example = torch.empty((), dtype=example.dtype.to_complex(), device=example.device).expand(example.shape)
+    return AnyBatch(example) if isinstance(first, AnyBatch) else example
 
 
 def check_structure(name: str, x: Tree, space: Tree) -> None:
