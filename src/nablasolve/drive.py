@@ -78,10 +78,14 @@ def solve_concretely(
         assert x0 is not None
         return _known(x0, problem.batch_dims)
     with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
-        outcome = run(problem, b, x0, given, kept)
+        outcome, method = run(problem, b, x0, given, kept), problem.options.method
+        fallback = problem.options.fallback
+        if fallback is not None and any_true(outcome.report[..., 0] != Status.CONVERGED):
+            first, method = outcome.report, fallback
+            outcome = run(problem.solved_by(fallback), b, outcome.x, given)
+            outcome.report[..., [1, 4, 5]] += first[..., [1, 4, 5]]  # iterations and products
         past = outcome.history.movedim(-1, 0) if problem.history else None
-        info = read_report(outcome.report, past, problem.options.method.name,
-                           problem.adjoint_records, mapped=False)  # fmt: skip
+        info = read_report(outcome.report, past, method.name, problem.adjoint_records, mapped=False)
     problem.records.append(info)
     logger.debug("%s solve: %r", problem.phase, info)
     if problem.options.on_failure != "ignore" and not _all_converged(info):

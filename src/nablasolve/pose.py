@@ -74,6 +74,7 @@ def pose(
             raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
     A, params = with_flat_params(A, params)
     operator = square_operator(A, params)
+    operator = operator.for_one_solve()
     b, batch_dims = right_hand_side(operator, b, batch_dims)
     layout = Layout.of(b, batch_dims)
     vector = layout.pack(b)
@@ -93,6 +94,8 @@ def pose(
         maxiter=check_maxiter("maxiter", maxiter, 10 * n),
         on_failure=on_failure,
     )
+    if method is None and isinstance(forward.method, Direct) and not isinstance(operator, DenseOperator):
+        forward = replace(forward, fallback=_krylov(operator))
     # the adjoint of a claimed operator keeps the claim; a method that was asked for by name is inherited
     backward = replace(
         forward,
@@ -171,7 +174,7 @@ def square_operator(A: Any, params: tuple[Tensor, ...]) -> LinearOperator:
     elif operator.codomain is not None and not spaces.agree(operator.domain, operator.codomain):
         between = f"from {spaces.shapes(operator.domain)} to {spaces.shapes(operator.codomain)}"
         raise ValueError(f"A: expected a square operator, got {operator.expression} {between}")
-    return operator.for_one_solve() if isinstance(operator, SparseOperator) else operator
+    return operator
 
 
 def right_hand_side(operator: LinearOperator, b: Tree, batch_dims: Any) -> tuple[Tree, int]:
@@ -274,6 +277,13 @@ def _adjoint_options(adjoint: Any) -> Mapping[str, Any]:
     return adjoint
 
 
+def _krylov(operator: LinearOperator) -> Method[Any]:
+    """The iterative method for what is claimed of the operator."""
+    if operator.positive_definite:
+        return CG()
+    return MINRES() if operator.hermitian else GMRES()
+
+
 def check_method_name(name: str, method: str) -> None:
     """Raise a ValueError that names the nearest method, where there is none of this name."""
     if method not in METHODS:
@@ -300,9 +310,7 @@ def _method(name: str, method: Any, operator: LinearOperator, M: Any, factors: _
     if method is None:
         if M is None and (dense or factors.value is not None):
             return Direct(positive_definite_matrix=operator.positive_definite)
-        if operator.positive_definite:
-            return CG()
-        return MINRES() if operator.hermitian else GMRES()
+        return _krylov(operator)
     if isinstance(method, str):
         check_method_name(name, method)
         method = Direct(positive_definite_matrix=operator.positive_definite) if method == "direct" else METHODS[method]()

@@ -36,6 +36,7 @@ class Options:
     atol: float
     maxiter: int
     on_failure: str
+    fallback: Method[Any] | None = None  # for a direct method that was chosen, not asked for: what goes on where it fails
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +106,11 @@ class Problem:
         """The adjoint problem, `A^H y = c`."""
         records = [] if self.transposed else self.adjoint_records
         return replace(self, transposed=not self.transposed, derived=True, records=records, adjoint_records=[])
+
+    def solved_by(self, method: Method[Any]) -> Problem:
+        """The same problem for another method."""
+        forward, adjoint = (replace(options, method=method, fallback=None) for options in (self.forward, self.adjoint))
+        return replace(self, forward=forward, adjoint=adjoint, inverse=None, inverse_adjoint=None)
 
     @property
     def tangent(self) -> Problem:

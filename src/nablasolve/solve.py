@@ -282,7 +282,8 @@ def solve_with_record(
     if mapped and report.ndim == 1 and not _is_batched(report):
         report, past, mapped = _unwrapped(report), _unwrapped(past), False
     kept_history = past.movedim(-1, 0) if history else None
-    info = read_report(report, kept_history, problem.forward.method.name, problem.adjoint_records, mapped)
+    method = problem.records[-1].method if problem.records else problem.forward.method.name
+    info = read_report(report, kept_history, method, problem.adjoint_records, mapped)
     return problem.layout.unpack(x), info
 
 

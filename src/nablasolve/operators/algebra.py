@@ -5,6 +5,7 @@ Each is a value that knows its parts, and so its adjoint, claims, spectrum and f
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,15 @@ class Composite(LinearOperator):
     @property
     def has_user_adjoint(self) -> bool:
         return any(part.has_user_adjoint for part in self.parts)
+
+    def for_one_solve(self) -> LinearOperator:
+        return self.with_parts(tuple(part.for_one_solve() for part in self.parts))
+
+    def with_parts(self, parts: tuple[LinearOperator, ...]) -> LinearOperator:
+        """The same composition of other parts, which are the same maps."""
+        result = copy.copy(self)
+        result.parts = parts
+        return result
 
 
 class Adjoint(Composite):
@@ -201,6 +211,10 @@ class Scaled(Composite):
 
     def apply_adjoint(self, y: Tree) -> Tree:
         return map_leaves(lambda leaf: leaf * _conj(self.factor), self.parts[0].apply_adjoint(y))
+
+    def __neg__(self) -> LinearOperator:
+        negative: LinearOperator = -self.parts[0]  # the part may know what it is negative of
+        return negative * self.factor
 
     def spectrum(self) -> Spectrum | None:
         spectrum = self.parts[0].spectrum()

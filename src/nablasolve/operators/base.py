@@ -144,6 +144,13 @@ class LinearOperator:
             return column(flat).reshape(-1, 1)[:, :0]
         return torch.stack([column(e) for e in torch.eye(flat.numel(), dtype=flat.dtype, device=flat.device)], dim=1)
 
+    def for_one_solve(self) -> LinearOperator:
+        """The same operator, in which whatever its tensors determine for all products is computed once, differentiably.
+
+        It is for the products of one solve: a tensor that is changed later does not change it.
+        """
+        return self
+
     # -- structure -------------------------------------------------------------------------------------------------
 
     def spectrum(self) -> Spectrum | None:

@@ -54,6 +54,13 @@ class Block(Composite):
             )
         return space
 
+    def with_parts(self, parts: tuple[LinearOperator, ...]) -> LinearOperator:
+        result = super().with_parts(parts)
+        assert isinstance(result, Block)
+        remaining = iter(parts)
+        result.table = [[None if block is None else next(remaining) for block in row] for row in self.table]
+        return result
+
     @staticmethod
     def _claims(table: Sequence[Sequence[LinearOperator | None]]) -> Claims:
         n = len(table)

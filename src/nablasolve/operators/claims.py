@@ -55,7 +55,7 @@ class Claims:
         """
         for name in claims:
             if name not in NAMES:
-                raise TypeError(f"aslinearoperator: unknown claim {name!r}{nearest(name, NAMES)}")
+                raise TypeError(f"unknown claim {name!r}{nearest(name, NAMES)}")
         unitary = claims.get("unitary", False)
         if not isinstance(unitary, bool):
             raise TypeError(f"unitary: expected a bool, got {type(unitary).__name__}")

@@ -41,7 +41,7 @@ class Identity(StructuredOperator):
             return None
         example = self.domain.example
         one = torch.ones((), dtype=example.dtype, device=example.device)
-        return Spectrum(None, one, example.shape, real=not example.is_complex())
+        return Spectrum(None, one, example.shape, real=not example.is_complex(), analytic=True)
 
 
 class Zero(StructuredOperator):
@@ -112,7 +112,7 @@ class Diagonal(StructuredOperator):
         return self.d.conj() * y
 
     def spectrum(self) -> Spectrum:
-        return Spectrum(Standard(), self.d, self.d.shape, real=not self.d.is_complex())
+        return Spectrum(Standard(), self.d, self.d.shape, real=not self.d.is_complex(), analytic=True)
 
     def inverse(self, **options: Any) -> LinearOperator:
         """`Diagonal(1 / d)`; the options of a solve do not matter."""

@@ -92,17 +92,20 @@ class Spectrum:
         values: a tensor that broadcasts against the coefficients of a vector.
         sizes: the trailing shape of the coefficients.
         real: whether `A` maps real vectors to real ones.
+        analytic: whether the values come from a formula, so that a tiny one is no rounding of zero.
     """
 
     basis: Basis | None
     values: Tensor
     sizes: torch.Size
     real: bool
+    analytic: bool = False
 
     def _joined(self, other: Spectrum, values: Tensor) -> Spectrum | None:
         if self.basis is not None and other.basis is not None and self.basis != other.basis:
             return None
-        return Spectrum(self.basis or other.basis, values, self.sizes, self.real and other.real)
+        analytic = self.analytic and other.analytic
+        return Spectrum(self.basis or other.basis, values, self.sizes, self.real and other.real, analytic)
 
     def plus(self, other: Spectrum) -> Spectrum | None:
         """Of the sum; None where the bases differ."""
@@ -170,7 +173,7 @@ class Spectrum:
         """Division by the values, those of the size of rounding being zero."""
         values = self.values
         size = values.abs()
-        if self.basis is not None and not isinstance(self.basis, Standard):  # a transform has rounded them
+        if not self.analytic:  # a transform has rounded them
             noise = torch.finfo(size.dtype).eps * math.log2(2 + math.prod(self.sizes))
             values = torch.where(size <= noise * self.full().values.abs().amax(self._trailing, keepdim=True), 0.0, values)
         return Factorisation(
