@@ -1,0 +1,514 @@
+"""Finite differences on a grid: along one dimension, the gradient, the Laplacian, and the bases that diagonalise them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import numbers
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import check_choice, check_integer
+from ..vectors import real_dtype
+from .algebra import Gram
+from .base import LinearOperator, StructuredOperator, check_scalar, is_real, is_scalar
+from .claims import Claims
+from .convolution import check_sizes, pad_along
+from .spaces import any_batch
+from .spectrum import Basis, Fourier, Spectrum
+
+BOUNDARIES = ("circular", "zero", "neumann")
+KINDS = ("forward", "backward", "central")
+
+
+# -- bases -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Trigonometric(Basis):
+    """An orthonormal basis of real vectors, a product of one for each of the last dimensions."""
+
+    sizes: tuple[int, ...]
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The transformed dimensions, counted from the end."""
+        return tuple(range(-len(self.sizes), 0))
+
+    def _along_all(self, transform: Callable[[Tensor, int], Tensor], x: Tensor) -> Tensor:
+        if x.is_complex():
+            return torch.complex(self._along_all(transform, x.real), self._along_all(transform, x.imag))
+        for dim in self.dims:
+            x = transform(x, dim)
+        return x
+
+    @abstractmethod
+    def _analyse(self, x: Tensor, dim: int) -> Tensor: ...
+
+    @abstractmethod
+    def _synthesise(self, c: Tensor, dim: int) -> Tensor: ...
+
+    @abstractmethod
+    def _squares(self, values: Tensor, dim: int) -> Tensor:
+        """`sum_k U[n, k]^2 values[k]` for the basis vectors `U[:, k]` of a dimension."""
+
+    def analyse(self, x: Tensor) -> Tensor:
+        return self._along_all(self._analyse, x)
+
+    def synthesise(self, coefficients: Tensor) -> Tensor:
+        return self._along_all(self._synthesise, coefficients)
+
+    def conjugate(self, values: Tensor) -> Tensor:
+        return values.conj()
+
+    def diagonal(self, values: Tensor) -> Tensor:
+        return self._along_all(self._squares, values)
+
+
+@dataclass(frozen=True)
+class Sine(_Trigonometric):
+    """The orthonormal sines of the last dimensions (DST-I): vectors that vanish one step beyond the edges.
+
+    `U[n, k] = sqrt(2 / (N + 1)) sin(π (n + 1) (k + 1) / (N + 1))`, which is its own inverse.
+
+    Source: Strang 1999, "The discrete cosine transform".
+    """
+
+    def _analyse(self, x: Tensor, dim: int) -> Tensor:
+        n = x.shape[dim]
+        # the odd extension has 2 (N + 1) entries, and a transform of -2i times the sines
+        odd = torch.cat([pad_along(x, dim, 1, 1), -x.flip(dim)], dim)
+        sines: Tensor = torch.fft.rfft(odd, dim=dim).imag.narrow(dim, 1, n)
+        return sines * (-0.5 * math.sqrt(2 / (n + 1)))
+
+    def _synthesise(self, c: Tensor, dim: int) -> Tensor:
+        return self._analyse(c, dim)
+
+    def _squares(self, values: Tensor, dim: int) -> Tensor:
+        # 2 sin^2(φ) = 1 - cos(2 φ)
+        n = values.shape[dim]
+        cosines: Tensor = torch.fft.fft(pad_along(values, dim, 1, 0), dim=dim).real
+        return (values.sum(dim, keepdim=True) - cosines.narrow(dim, 1, n)) / (n + 1)
+
+
+@dataclass(frozen=True)
+class Cosine(_Trigonometric):
+    """The orthonormal cosines of the last dimensions (DCT-II): vectors that are mirrored at the edges.
+
+    `U[n, k] = sqrt((2 - [k = 0]) / N) cos(π (n + 1/2) k / N)`.
+
+    Source: Strang 1999, "The discrete cosine transform".
+    """
+
+    @staticmethod
+    def _weights(x: Tensor, dim: int, sign: float) -> tuple[Tensor, Tensor]:
+        """The scale of each basis vector, and `exp(sign i π k / 2 N)`, which moves the grid by half a step."""
+        n = x.shape[dim]
+        k = torch.arange(n, dtype=x.dtype, device=x.device)
+        scale = torch.where(k == 0, math.sqrt(1 / n), math.sqrt(2 / n))
+        return _along(scale, dim), _along(torch.polar(torch.ones_like(k), sign * math.pi / (2 * n) * k), dim)
+
+    def _analyse(self, x: Tensor, dim: int) -> Tensor:
+        scale, shift = self._weights(x, dim, -1.0)
+        even = torch.cat([x, x.flip(dim)], dim)
+        cosines: Tensor = (torch.fft.rfft(even, dim=dim).narrow(dim, 0, x.shape[dim]) * shift).real
+        return cosines * (0.5 * scale)
+
+    def _synthesise(self, c: Tensor, dim: int) -> Tensor:
+        n = c.shape[dim]
+        scale, shift = self._weights(c, dim, 1.0)
+        # an inverse transform counts every frequency but the zeroth twice, and divides by 2 N
+        half = torch.where(torch.arange(n, device=c.device) == 0, 2.0 * n, 1.0 * n).to(c.dtype)
+        x: Tensor = torch.fft.irfft(c * (scale * _along(half, dim)) * shift, n=2 * n, dim=dim)
+        return x.narrow(dim, 0, n)
+
+    def _squares(self, values: Tensor, dim: int) -> Tensor:
+        # 2 cos^2(φ) = 1 + cos(2 φ), where the zeroth basis vector has neither the factor 2 nor the cosine
+        n = values.shape[dim]
+        k = torch.arange(n, dtype=values.dtype, device=values.device)
+        shift = _along(torch.polar((k > 0).to(values.dtype), math.pi / n * k), dim)
+        cosines: Tensor = torch.fft.ifft(values * shift, dim=dim).real
+        return values.mean(dim, keepdim=True) + cosines
+
+
+# -- operators -------------------------------------------------------------------------------------------------------
+
+
+class _Difference(StructuredOperator):
+    """What finite differences share: a grid, its spacing and what lies beyond its edges."""
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        boundary: str,
+        spacing: Any,
+        channels: Sequence[int],
+        like: Tensor | None,
+        dtype: torch.dtype | None,
+        device: Any,
+        stacked: bool = False,
+        claims: Claims | None = None,
+    ) -> None:
+        self.boundary = check_choice("boundary", boundary, BOUNDARIES)
+        self.shape = check_sizes("shape", shape)
+        self.channels = check_sizes("channels", channels) if channels != () else ()
+        self.spacing = _spacings(spacing, len(self.shape))
+        self.example = _example(like, dtype, device)
+        domain = any_batch((*self.channels, *self.shape), self.example)
+        components = any_batch((*self.channels, len(self.shape), *self.shape), self.example) if stacked else None
+        super().__init__(domain, components, claims)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The dimensions of the grid, counted from the end."""
+        return tuple(range(-len(self.shape), 0))
+
+    def conj(self) -> LinearOperator:
+        return self  # the coefficients are real
+
+    def _frequencies(self, dim: int) -> Tensor:
+        """`0, 1, ..., N - 1`, along a dimension of the grid."""
+        n = self.shape[dim]
+        return _along(torch.arange(n, dtype=real_dtype(self.example.dtype), device=self.example.device), dim)
+
+    def _basis(self) -> Basis:
+        """The basis of the second differences at this boundary."""
+        if self.boundary == "circular":
+            return Fourier(self.shape)
+        return Cosine(self.shape) if self.boundary == "neumann" else Sine(self.shape)
+
+    def _diagonal(self, basis: Basis, values: Tensor) -> Spectrum:
+        return Spectrum(basis, values, torch.Size((*self.channels, *self.shape)), real=True, analytic=True)
+
+
+class _FirstDifference(_Difference):
+    """First differences along some dimensions of a grid, whose Gram operator may be diagonal in a known basis."""
+
+    kind: str
+    along: tuple[int, ...]
+
+    def _differences(self, x: Tensor, dim: int) -> Tensor:
+        h = self.spacing[dim]
+        if self.kind == "forward":
+            return (_shift(x, dim, 1, self.boundary) - x) / h
+        if self.kind == "backward":
+            return (x - _shift(x, dim, -1, self.boundary)) / h
+        return (_shift(x, dim, 1, self.boundary) - _shift(x, dim, -1, self.boundary)) / (2 * h)
+
+    def _differences_adjoint(self, y: Tensor, dim: int) -> Tensor:
+        h = self.spacing[dim]
+        if self.kind == "forward":
+            return (_shift_adjoint(y, dim, 1, self.boundary) - y) / h
+        if self.kind == "backward":
+            return (y - _shift_adjoint(y, dim, -1, self.boundary)) / h
+        return (_shift_adjoint(y, dim, 1, self.boundary) - _shift_adjoint(y, dim, -1, self.boundary)) / (2 * h)
+
+    def gram_spectrum(self) -> Spectrum | None:
+        """The spectrum of `A^H A`, which differences at a zero boundary do not have in these bases."""
+        if self.boundary == "zero":
+            return None
+        step = math.pi if self.boundary == "circular" else math.pi / 2
+        values: Any = 0.0
+        for dim in self.along:
+            angle = self._frequencies(dim) * (step / self.shape[dim])
+            factor = torch.sin(angle) * 2 if self.kind != "central" else torch.sin(2 * angle)
+            values = values + (factor / self.spacing[dim]) ** 2
+        return self._diagonal(self._basis(), values)
+
+    def gram(self, damp: Any = 0.0) -> LinearOperator:
+        """`A^H A + damp^2 I`, diagonal in the Fourier (circular) or cosine (Neumann) basis.
+
+        For forward and backward differences, it is the negative `Laplacian` of the same boundary, plus `damp^2 I`.
+
+        Args:
+            damp: a real number or 0-d tensor.
+        """
+        check_scalar("damp", damp)
+        if not is_real(damp):
+            raise TypeError("damp: expected a real number or 0-d tensor, got a complex one")
+        return _DifferenceGram(self, damp)
+
+    def exact_norm(self) -> Tensor:
+        spectrum = self.gram_spectrum()
+        if spectrum is not None:
+            return spectrum.norm().sqrt()
+        # the largest singular value of differences whose first or last neighbour is zero
+        total: Any = torch.zeros((), dtype=real_dtype(self.example.dtype), device=self.example.device)
+        for dim in self.along:
+            n = self.shape[dim]
+            one = 2 * math.cos(math.pi / (2 * n + 1)) if self.kind != "central" else math.cos(math.pi / (n + 1))
+            total = total + (one / self.spacing[dim]) ** 2
+        norm: Tensor = total.sqrt()
+        return norm
+
+    def _label(self) -> str:
+        kind = "" if self.kind == "forward" else f", {self.kind}"
+        return f"{type(self).__name__}({self.boundary}{kind})"
+
+
+class FiniteDifference(_FirstDifference):
+    """First differences along one dimension of a grid: `(x[n + 1] - x[n]) / spacing`, of the size of `x`.
+
+    Args:
+        shape: the sizes of the grid, an integer or a sequence of them.
+        dim: along which of its dimensions.
+        boundary: what lies beyond the edges: `"circular"`, the other end; `"zero"`; or `"neumann"`, the edge itself once more,
+            so that the last forward difference is 0.
+        spacing: the distance of neighbours in this dimension, a number or 0-d tensor.
+        kind: `"forward"`, `"backward"`, `(x[n] - x[n - 1]) / spacing`, or `"central"`, `(x[n + 1] - x[n - 1]) / (2 spacing)`.
+        channels: the sizes of dimensions in front of the grid that belong to every vector.
+        like: a tensor whose dtype and device the vectors have.
+        dtype: of the vectors, instead; torch's default without either.
+        device: of the vectors, instead.
+
+    Raises:
+        TypeError: if an argument has a wrong type.
+        ValueError: for an unknown boundary or kind, or a dimension, size or spacing that is none.
+    """
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        dim: int = -1,
+        *,
+        boundary: str = "circular",
+        spacing: float | Tensor = 1.0,
+        kind: str = "forward",
+        channels: Sequence[int] = (),
+        like: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+    ) -> None:
+        super().__init__(shape, boundary, spacing, channels, like, dtype, device)
+        d, index = len(self.shape), check_integer("dim", dim)
+        if not -d <= index < d:
+            raise ValueError(f"dim: expected {-d} to {d - 1} for a grid of shape {self.shape}, got {index}")
+        self.along = (index if index < 0 else index - d,)
+        self.kind = check_choice("kind", kind, KINDS)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self._differences(x, self.along[0])
+
+    def apply_adjoint(self, y: Tensor) -> Tensor:
+        return self._differences_adjoint(y, self.along[0])
+
+    def spectrum(self) -> Spectrum | None:
+        if self.boundary != "circular":
+            return None
+        dim = self.along[0]
+        angle = self._frequencies(dim) * (2 * math.pi / self.shape[dim])
+        forward = torch.complex(-2 * torch.sin(angle / 2) ** 2, torch.sin(angle))  # exp(i angle) - 1
+        if self.kind == "central":
+            values = torch.complex(torch.zeros_like(angle), torch.sin(angle))
+        else:
+            values = forward if self.kind == "forward" else -forward.conj()
+        return self._diagonal(Fourier(self.shape), values / self.spacing[dim])
+
+    def exact_diagonal(self) -> Tensor | None:
+        spectrum = self.spectrum()
+        if spectrum is not None:
+            return spectrum.diagonal()
+        # the coefficient of x[n] itself, then that of a neighbour beyond the edge
+        dim = self.along[0]
+        k, last = self._frequencies(dim), self.shape[dim] - 1
+        diagonal = torch.full_like(k, {"forward": -1.0, "backward": 1.0, "central": 0.0}[self.kind])
+        if self.boundary == "neumann":
+            after = {"forward": 1.0, "backward": 0.0, "central": 0.5}[self.kind]
+            before = {"forward": 0.0, "backward": -1.0, "central": -0.5}[self.kind]
+            diagonal = diagonal + after * (k == last) + before * (k == 0)
+        return (diagonal / self.spacing[dim]).to(self.example.dtype).expand(*self.channels, *self.shape)
+
+
+class Gradient(_FirstDifference):
+    """`∇`, the first differences along every dimension of a grid: `(..., *shape) -> (..., d, *shape)`.
+
+    Args:
+        shape: the sizes of the grid, an integer or a sequence of them.
+        boundary: what lies beyond the edges: `"circular"`, the other end; `"zero"`; or `"neumann"`, the edge itself once more,
+            so that the last forward difference is 0.
+        spacing: the distance of neighbours, a number or 0-d tensor, or one for each dimension.
+        kind: `"forward"`, `"backward"` or `"central"`, as for `FiniteDifference`.
+        channels: the sizes of dimensions in front of the grid that belong to every vector; the result has the shape
+            `(..., *channels, d, *shape)`.
+        like: a tensor whose dtype and device the vectors have.
+        dtype: of the vectors, instead; torch's default without either.
+        device: of the vectors, instead.
+
+    Raises:
+        TypeError: if an argument has a wrong type.
+        ValueError: for an unknown boundary or kind, or a size or spacing that is none.
+    """
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        *,
+        boundary: str = "circular",
+        spacing: float | Tensor | Sequence[float | Tensor] = 1.0,
+        kind: str = "forward",
+        channels: Sequence[int] = (),
+        like: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+    ) -> None:
+        super().__init__(shape, boundary, spacing, channels, like, dtype, device, stacked=True)
+        self.along = self.dims
+        self.kind = check_choice("kind", kind, KINDS)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return torch.stack([self._differences(x, dim) for dim in self.dims], dim=-len(self.dims) - 1)
+
+    def apply_adjoint(self, y: Tensor) -> Tensor:
+        components = y.unbind(-len(self.dims) - 1)
+        total: Any = sum(self._differences_adjoint(c, dim) for c, dim in zip(components, self.dims, strict=True))
+        result: Tensor = total
+        return result
+
+
+class _DifferenceGram(Gram):
+    """`A^H A + damp^2 I` of first differences."""
+
+    def spectrum(self) -> Spectrum | None:
+        of: Any = self.parts[0]
+        spectrum: Spectrum | None = of.gram_spectrum()
+        return None if spectrum is None else replace(spectrum, values=spectrum.values + self.damp**2)
+
+
+class Laplacian(_Difference):
+    """`Δ`, the sum of the second differences `(x[n + 1] - 2 x[n] + x[n - 1]) / spacing^2` along every dimension of a grid.
+
+    It is the Laplacian of mathematics, negative semidefinite: `-Laplacian(...)` is the positive one, and is known to be
+    (positive definite at a zero boundary). Systems are solved directly, in the Fourier, sine or cosine basis.
+
+    Args:
+        shape: the sizes of the grid, an integer or a sequence of them.
+        boundary: what lies beyond the edges: `"circular"`, the other end; `"zero"` (Dirichlet); or `"neumann"`, the edge
+            itself once more, so that nothing flows over it.
+        spacing: the distance of neighbours, a number or 0-d tensor, or one for each dimension.
+        channels: the sizes of dimensions in front of the grid that belong to every vector.
+        like: a tensor whose dtype and device the vectors have.
+        dtype: of the vectors, instead; torch's default without either.
+        device: of the vectors, instead.
+
+    Raises:
+        TypeError: if an argument has a wrong type.
+        ValueError: for an unknown boundary, or a size or spacing that is none.
+
+    Source: the eigenvalues are those of Strang 1999, "The discrete cosine transform".
+    """
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        *,
+        boundary: str = "circular",
+        spacing: float | Tensor | Sequence[float | Tensor] = 1.0,
+        channels: Sequence[int] = (),
+        like: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+    ) -> None:
+        super().__init__(shape, boundary, spacing, channels, like, dtype, device, claims=Claims(hermitian=True))
+        self.sign = 1
+
+    def apply(self, x: Tensor) -> Tensor:
+        total: Any = 0.0
+        for dim in self.dims:
+            neighbours = _shift(x, dim, 1, self.boundary) + _shift(x, dim, -1, self.boundary)
+            total = total + (neighbours - 2 * x) * (self.sign / self.spacing[dim] ** 2)
+        result: Tensor = total
+        return result
+
+    def apply_adjoint(self, y: Tensor) -> Tensor:
+        return self.apply(y)
+
+    def spectrum(self) -> Spectrum:
+        values: Any = 0.0
+        for dim in self.dims:
+            k, n = self._frequencies(dim), self.shape[dim]
+            if self.boundary == "circular":
+                angle = k * (math.pi / n)
+            elif self.boundary == "neumann":
+                angle = k * (math.pi / (2 * n))
+            else:
+                angle = (k + 1) * (math.pi / (2 * n + 2))
+            values = values - self.sign * (2 * torch.sin(angle) / self.spacing[dim]) ** 2
+        return self._diagonal(self._basis(), values)
+
+    def __neg__(self) -> Laplacian:
+        result = copy.copy(self)
+        result.sign = -self.sign
+        positive = result.sign < 0
+        result.claims = Claims(
+            hermitian=True, positive_semidefinite=positive, positive_definite=positive and self.boundary == "zero"
+        )
+        return result
+
+    def __mul__(self, other: Any) -> LinearOperator:
+        if isinstance(other, numbers.Real) and other < 0:
+            return (-self) * -other
+        return super().__mul__(other) if is_scalar(other) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def _label(self) -> str:
+        return f"{'-' if self.sign < 0 else ''}Laplacian({self.boundary})"
+
+
+# -- helpers -------------------------------------------------------------------------------------------------------
+
+
+def _example(like: Tensor | None, dtype: torch.dtype | None, device: Any) -> Tensor:
+    """A 0-d tensor with the dtype and device of the vectors."""
+    if like is not None and not isinstance(like, Tensor):
+        raise TypeError(f"like: expected a Tensor or None, got {type(like).__name__}")
+    if like is not None:
+        dtype, device = dtype or like.dtype, like.device if device is None else device
+    example = torch.zeros((), dtype=dtype, device=device)
+    if not (example.is_floating_point() or example.is_complex()):
+        raise ValueError(f"dtype: expected a floating-point or complex dtype, got {example.dtype}")
+    return example
+
+
+def _spacings(spacing: Any, d: int) -> tuple[float | Tensor, ...]:
+    """A spacing for each dimension."""
+    spacings = tuple(spacing) if isinstance(spacing, tuple | list) else (spacing,) * d
+    if len(spacings) != d:
+        raise ValueError(f"spacing: expected a number or {d} of them, got {len(spacings)}")
+    for h in spacings:
+        if isinstance(h, bool) or not is_scalar(h) or not is_real(h):
+            raise TypeError(f"spacing: expected real numbers or 0-d tensors, got {type(h).__name__}")
+        if not isinstance(h, Tensor) and not 0 < h < math.inf:
+            raise ValueError(f"spacing: expected a positive number, got {h!r}")
+    return spacings
+
+
+def _along(v: Tensor, dim: int) -> Tensor:
+    """A vector along a dimension that is counted from the end."""
+    return v.reshape(-1, *(1,) * (-dim - 1))
+
+
+def _shift(x: Tensor, dim: int, step: int, boundary: str) -> Tensor:
+    """The neighbours `x[n + step]`, for a step of 1 or -1."""
+    if boundary == "circular":
+        return x.roll(-step, dim)
+    n, after = x.shape[dim], int(step > 0)
+    inside = x.narrow(dim, after, n - 1)
+    if boundary == "zero":
+        return pad_along(inside, dim, 1 - after, after)
+    edge = x.narrow(dim, (n - 1) * after, 1)
+    return torch.cat([inside, edge] if after else [edge, inside], dim)
+
+
+def _shift_adjoint(y: Tensor, dim: int, step: int, boundary: str) -> Tensor:
+    """The adjoint of `_shift`."""
+    if boundary != "neumann":
+        return _shift(y, dim, -step, boundary)
+    n, after = y.shape[dim], int(step > 0)
+    edge = y.narrow(dim, (n - 1) * after, 1)
+    return _shift(y, dim, -step, "zero") + pad_along(edge, dim, (n - 1) * after, (n - 1) * (1 - after))

@@ -1,0 +1,238 @@
+"""Stokes' equations of slow viscous flow on a staggered grid of two or three dimensions."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import check_choice, check_integer, check_tolerance
+from .base import StructuredOperator
+from .claims import Claims
+from .diffusion import (
+    MEANS,
+    check_boundary,
+    check_spacing,
+    describe_boundary,
+    lower,
+    upper,
+    with_neighbours,
+    with_zeros,
+)
+from .spaces import any_batch
+
+
+class Stokes(StructuredOperator):
+    r"""`(u, v, p) -> (-div(2 eta e) + grad p, -div(u, v))`, a Hermitian indefinite saddle point.
+
+    `e = (grad u + grad u^T) / 2` is the rate of strain, and the viscosity `eta` may vary. The grid is the marker-and-cell
+    one: the pressure and the viscosity stand for cells, and each velocity component for the faces that it crosses; in two
+    dimensions with cells `(nx, ny)` between walls `u` has shape `(nx - 1, ny)`, `v` has `(nx, ny - 1)` and `p` has
+    `(nx, ny)`; in three dimensions the unknowns are `(u, v, w, p)`. The faces in the walls are no unknowns: nothing flows
+    through a wall. In a periodic dimension the component across it has as many faces as there are cells, face `i` below
+    cell `i`. Second order in the spacing.
+
+    Between walls the pressure is determined up to a constant only. The last row is `-div(u, v) - gauge * mean(p)`: for a
+    right-hand side whose last part sums to zero, as it must, the mean pressure is then zero, and nothing else changes,
+    so `gauge` (any positive number) is no approximation. With `gauge=0` the operator is singular with the constants of
+    `p` as its null space; MINRES then solves consistent systems. Where no wall holds a velocity component (all dimensions
+    periodic, or slipping along a periodic one), constants of that component are a null space, too, which `gauge`
+    does not remove.
+
+    Args:
+        shape: the number of cells in each of two or three dimensions, each at least 2.
+        viscosity: `eta`, a number, a 0-d tensor or a tensor of shape `(*batch, *shape)`, positive.
+        boundary: `"no-slip"` (the fluid sticks to the wall), `"free-slip"` (no shear stress at the wall) or `"periodic"`;
+            or one of them for each dimension, where a pair stands for its two ends. A wall at the end of dimension
+            `e` that moves with velocity `U` along `d` adds `2 eta U / h_e^2` to the `d` part of `b`, at the faces beside it.
+        spacing: the size `h` of a cell, or one for each dimension.
+        gauge: the weight of the mean pressure in the last row, in units of 1 / viscosity.
+        mean: of the viscosities around an edge, `"arithmetic"` or `"harmonic"`.
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        ValueError: if it has the wrong shape, dtype or value.
+
+    Source: Harlow & Welch 1965 (the grid); Gerya 2010, *Introduction to Numerical Geodynamic Modelling*, ch. 7 (variable
+    viscosity on it).
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        viscosity: Tensor | float,
+        *,
+        boundary: Any = "no-slip",
+        spacing: float | Sequence[float] = 1.0,
+        gauge: float = 1.0,
+        mean: str = "arithmetic",
+    ) -> None:
+        if not isinstance(shape, Sequence):
+            raise TypeError(f"shape: expected the number of cells in each dimension, got {type(shape).__name__}")
+        self.grid = tuple(check_integer("shape", n) for n in shape)
+        if len(self.grid) not in (2, 3) or min(self.grid) < 2:
+            raise ValueError(f"shape: expected two or three dimensions of at least 2 cells, got {tuple(shape)}")
+        self.viscosity = _check_viscosity(viscosity, self.grid)
+        self.boundary = check_boundary(boundary, len(self.grid), ("no-slip", "free-slip", "periodic"))
+        self.spacing = check_spacing(spacing, len(self.grid))
+        self.gauge = check_tolerance("gauge", gauge)
+        self.mean = check_choice("mean", mean, MEANS)
+        self.edges: tuple[Tensor, ...] | None = None
+        like = self.viscosity
+        # at each position between cells, 2 where the wall is half a cell away, 0 where it takes no shear stress
+        factor = {"no-slip": 2.0, "free-slip": 0.0}
+        self.slip = tuple(
+            torch.tensor(
+                [1.0] * n if ends[0] == "periodic" else [factor[ends[0]], *[1.0] * (n - 1), factor[ends[1]]],
+                dtype=like.dtype,
+                device=like.device,
+            ).reshape([-1] + [1] * (len(self.grid) - 1 - d))
+            for d, (n, ends) in enumerate(zip(self.grid, self.boundary, strict=True))
+        )
+        components = [
+            any_batch([n - (e == d and not self._periodic(d)) for e, n in enumerate(self.grid)], like)
+            for d in range(len(self.grid))
+        ]
+        domain = (*components, any_batch(self.grid, like))
+        super().__init__(domain, claims=Claims(hermitian=not like.is_complex()))
+
+    def apply(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return self._balance(x, self.viscosity, self._edges())
+
+    def apply_adjoint(self, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # the matrix is symmetric, so its adjoint has conjugated coefficients
+        return self._balance(y, self.viscosity.conj(), tuple(edge.conj() for edge in self._edges()))
+
+    def _balance(self, x: tuple[Tensor, ...], viscosity: Tensor, edges: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        *velocity, p = x
+        forces = [self._to_faces(p, d) for d in range(len(velocity))]
+        divergence = torch.zeros_like(p)
+        for d, component in enumerate(velocity):
+            rate = self._to_cells(component, d)
+            divergence = divergence + rate
+            forces[d] = forces[d] - self._to_faces(2 * viscosity * rate, d)
+        for (d, e), edge in zip(self._pairs(), edges, strict=True):
+            rate = self._slope(self._with_walls(velocity[d], d), e) + self._slope(self._with_walls(velocity[e], e), d)
+            stress = edge * rate
+            forces[d] = forces[d] - self._to_cells_of_edges(self._inside(stress, d), e)
+            forces[e] = forces[e] - self._to_cells_of_edges(self._inside(stress, e), d)
+        last = -divergence
+        if self.gauge:
+            last = last - self.gauge * p.mean(tuple(range(-len(self.grid), 0)), keepdim=True)
+        return (*forces, last)
+
+    def exact_diagonal(self) -> tuple[Tensor, ...]:
+        ndim = len(self.grid)
+        edges = dict(zip(self._pairs(), self._edges(), strict=True))
+        viscosity = self.viscosity.expand(torch.broadcast_shapes(self.viscosity.shape, self.grid))
+        diagonals = []
+        for d in range(ndim):
+            entries = 2 * self._around(viscosity, d) / self.spacing[d] ** 2
+            for e in range(ndim):
+                if e != d:
+                    stress = self.slip[e] * self._inside(edges[min(d, e), max(d, e)], d)
+                    dim = e - ndim
+                    both = stress + stress.roll(-1, dim) if self._periodic(e) else lower(stress, dim) + upper(stress, dim)
+                    entries = entries + both / self.spacing[e] ** 2
+            diagonals.append(entries)
+        return (*diagonals, torch.full_like(viscosity, -self.gauge / math.prod(self.grid)))
+
+    # -- between cells, faces and edges --------------------------------------------------------------------------------
+
+    def _periodic(self, d: int) -> bool:
+        return self.boundary[d][0] == "periodic"
+
+    def _to_cells(self, faces: Tensor, d: int) -> Tensor:
+        """The derivative along a dimension, from the faces that are unknowns to cells."""
+        dim = d - len(self.grid)
+        if self._periodic(d):
+            return (faces.roll(-1, dim) - faces) / self.spacing[d]
+        return with_zeros(faces, dim).diff(dim=dim) / self.spacing[d]
+
+    def _to_faces(self, cells: Tensor, d: int) -> Tensor:
+        """The derivative along a dimension, from cells to the faces that are unknowns: minus the adjoint of `_to_cells`."""
+        dim = d - len(self.grid)
+        if self._periodic(d):
+            return (cells - cells.roll(1, dim)) / self.spacing[d]
+        return cells.diff(dim=dim) / self.spacing[d]
+
+    def _with_walls(self, faces: Tensor, d: int) -> Tensor:
+        """The faces in the walls joined to those that are unknowns."""
+        return faces if self._periodic(d) else with_zeros(faces, d - len(self.grid))
+
+    def _inside(self, edges: Tensor, d: int) -> Tensor:
+        """Of all positions between cells along a dimension, those that are unknowns."""
+        dim = d - len(self.grid)
+        return edges if self._periodic(d) else lower(upper(edges, dim), dim)
+
+    def _slope(self, cells: Tensor, e: int) -> Tensor:
+        """The derivative along a dimension at all positions between cells; at a wall over half a cell, or zero."""
+        dim = e - len(self.grid)
+        if self._periodic(e):
+            return (cells - cells.roll(1, dim)) / self.spacing[e]
+        slope = with_neighbours(cells, dim, self.boundary[e]).diff(dim=dim)
+        return self.slip[e] * slope / self.spacing[e]
+
+    def _to_cells_of_edges(self, edges: Tensor, e: int) -> Tensor:
+        """The derivative along a dimension, from all positions between cells to cells."""
+        dim = e - len(self.grid)
+        difference = edges.roll(-1, dim) - edges if self._periodic(e) else edges.diff(dim=dim)
+        return difference / self.spacing[e]
+
+    def _around(self, cells: Tensor, d: int) -> Tensor:
+        """The sum of the two cells beside each face that is an unknown."""
+        dim = d - len(self.grid)
+        return cells + cells.roll(1, dim) if self._periodic(d) else lower(cells, dim) + upper(cells, dim)
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        """The pairs of dimensions in which there is shear."""
+        return list(combinations(range(len(self.grid)), 2))
+
+    def _edges(self) -> tuple[Tensor, ...]:
+        """For each pair of dimensions, the viscosity at each position that is between cells along both."""
+        return self.edges if self.edges is not None else tuple(self._on_edges(d, e) for d, e in self._pairs())
+
+    def for_one_solve(self) -> Stokes:
+        """The same operator, whose coefficients are computed once: tensors that gradients pass through."""
+        result = copy.copy(self)
+        result.edges = self._edges()
+        return result
+
+    def _on_edges(self, d: int, e: int) -> Tensor:
+        viscosity = self.viscosity.expand(torch.broadcast_shapes(self.viscosity.shape, self.grid))
+        cells = 1 / viscosity if self.mean == "harmonic" else viscosity
+        for dim, periodic in ((d - len(self.grid), self._periodic(d)), (e - len(self.grid), self._periodic(e))):
+            if periodic:
+                cells = (cells + cells.roll(1, dim)) / 2
+            else:
+                n = cells.shape[dim]
+                cells = torch.cat([cells.narrow(dim, 0, 1), cells, cells.narrow(dim, n - 1, 1)], dim)
+                cells = (lower(cells, dim) + upper(cells, dim)) / 2
+        return 1 / cells if self.mean == "harmonic" else cells
+
+    def _label(self) -> str:
+        return f"Stokes({describe_boundary(self.boundary)}, {self.mean}, gauge={self.gauge:g})"
+
+
+def _check_viscosity(viscosity: Any, grid: tuple[int, ...]) -> Tensor:
+    """The viscosity as a tensor.
+
+    Raises:
+        TypeError: if it is no number or Tensor.
+        ValueError: if it has an integer dtype, or a shape that is not the grid's.
+    """
+    if isinstance(viscosity, int | float):
+        return torch.tensor(float(viscosity))
+    if not isinstance(viscosity, Tensor):
+        raise TypeError(f"viscosity: expected a number or a Tensor, got {type(viscosity).__name__}")
+    if not (viscosity.is_floating_point() or viscosity.is_complex()):
+        raise ValueError(f"viscosity: expected a floating-point or complex dtype, got {viscosity.dtype}")
+    if viscosity.ndim and tuple(viscosity.shape[-len(grid) :]) != grid:
+        expected = ", ".join(["...", *map(str, grid)])
+        raise ValueError(f"viscosity: expected a number or shape ({expected}), got {tuple(viscosity.shape)}")
+    return viscosity
