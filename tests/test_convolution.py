@@ -391,3 +391,18 @@ def test_errors_name_the_argument_what_was_expected_and_what_came(name: str) -> 
     build, kind, message = ERRORS[name]
     with pytest.raises(kind, match=message):
         build()
+
+
+def test_one_solve_transforms_its_kernel_once_and_has_the_same_gradient(monkeypatch) -> None:
+    kernel = draw(7, 7, seed=1).requires_grad_()
+    H = Convolution(kernel, (12, 10), boundary="reflect", method="fft")
+    y = draw(12, 10, seed=2)
+    wrapped, seen = Convolution._wrapped, []
+    monkeypatch.setattr(Convolution, "_wrapped", lambda self: seen.append(0) or wrapped(self))
+    x, info = ns.solve_ex(H.gram(1.0), y, rtol=1e-12)
+    assert (info.matvecs > 5, len(seen)) == (True, 1)
+    (g,) = torch.autograd.grad(x.square().sum(), kernel)
+    M = H.to_dense()
+    expected = torch.linalg.solve(M.mT @ M + torch.eye(120, dtype=M.dtype), y.reshape(-1))
+    (wanted,) = torch.autograd.grad(expected.square().sum(), kernel)
+    assert torch.allclose(g, wanted, rtol=1e-8, atol=1e-10)

@@ -15,6 +15,7 @@ import nablasolve as ns
 from nablasolve.operators.spaces import dimension, is_complex
 
 ALL, WIDE = instances(), instances(wide=True)
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 EXACT = {torch.float32: 2e-5, torch.complex64: 2e-5, torch.float64: 1e-12, torch.complex128: 1e-12}
 
 
@@ -64,10 +65,12 @@ def test_compositions_equal_those_of_the_matrix(instance: Instance) -> None:
     assert close(A.conj().to_dense(), M.conj(), tolerance)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("instance", ALL, ids=str)
-def test_operator_passes_its_own_check(instance: Instance) -> None:
-    A = instance.case.build(**instance.parameters)
-    report = ns.check_operator(A, random_like(A.domain), samples=1)
+def test_operator_passes_its_own_check(instance: Instance, device: str) -> None:
+    A = instance.case.build(**{name: t.to(device) for name, t in instance.parameters.items()})
+    like = pytree.tree_map(lambda t: t.to(device), random_like(A.domain))
+    report = ns.check_operator(A, like, samples=1)
     assert report.ok, report
 
 

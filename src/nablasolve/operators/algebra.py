@@ -213,8 +213,7 @@ class Scaled(Composite):
         return map_leaves(lambda leaf: leaf * _conj(self.factor), self.parts[0].apply_adjoint(y))
 
     def __neg__(self) -> LinearOperator:
-        negative: LinearOperator = -self.parts[0]  # the part may know what it is negative of
-        return negative * self.factor
+        return Scaled(-self.parts[0], self.factor)  # the part may know what it is negative of
 
     def spectrum(self) -> Spectrum | None:
         spectrum = self.parts[0].spectrum()

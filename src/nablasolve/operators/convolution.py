@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..arguments import check_choice, check_integer
-from .base import StructuredOperator
+from .base import LinearOperator, StructuredOperator
 from .claims import Claims
 from .spaces import any_batch
 from .spectrum import Fourier, Spectrum
@@ -144,6 +145,7 @@ class Convolution(_Windowed):
         channels = _channels(kernel.shape[: kernel.ndim - d])
         super().__init__(channels, sizes, window, boundary, center, kernel, Claims.named(claims))
         self.kernel = kernel
+        self.transform: Tensor | None = None
         self.channels = channels
         self.method = method or ("spatial" if math.prod(window) <= LARGEST_SPATIAL_KERNEL else "fft")
         # the torus of the transforms, on which nothing of what is kept has wrapped around
@@ -184,17 +186,29 @@ class Convolution(_Windowed):
             kernel = _fold(kernel, dim, n, c, "circular")
         return kernel
 
+    def for_one_solve(self) -> LinearOperator:
+        if self.method == "spatial":
+            return self
+        result = copy.copy(self)
+        result.transform = self._transform(self.kernel.is_complex())
+        return result
+
+    def _transform(self, full: bool) -> Tensor:
+        """The transform of the kernel on the torus, of all frequencies or of the half that determines a real one."""
+        if self.transform is not None and full == self.kernel.is_complex():
+            return self.transform
+        transform: Tensor = (torch.fft.fftn if full else torch.fft.rfftn)(self._wrapped(), dim=self.dims)
+        return transform
+
     def _filtered(self, x: Tensor, adjoint: bool) -> Tensor:
         """The image, on the torus and zero where it has no entry, convolved there with the kernel, or correlated."""
-        kernel = self._wrapped()
-        if kernel.is_complex() or x.is_complex():
-            transfer = torch.fft.fftn(kernel, dim=self.dims)
-            product = torch.fft.fftn(x, s=self.grid, dim=self.dims) * (transfer.conj() if adjoint else transfer)
-            y: Tensor = torch.fft.ifftn(product, dim=self.dims)
+        full = self.kernel.is_complex() or x.is_complex()
+        transform = self._transform(full).conj() if adjoint else self._transform(full)
+        y: Tensor
+        if full:
+            y = torch.fft.ifftn(torch.fft.fftn(x, s=self.grid, dim=self.dims) * transform, dim=self.dims)
         else:
-            transfer = torch.fft.rfftn(kernel, dim=self.dims)
-            product = torch.fft.rfftn(x, s=self.grid, dim=self.dims) * (transfer.conj() if adjoint else transfer)
-            y = torch.fft.irfftn(product, s=self.grid, dim=self.dims)
+            y = torch.fft.irfftn(torch.fft.rfftn(x, s=self.grid, dim=self.dims) * transform, s=self.grid, dim=self.dims)
         return y
 
     def transfer_function(self) -> Tensor:
@@ -207,8 +221,7 @@ class Convolution(_Windowed):
         """
         if self.boundary != "circular":
             raise ValueError(f"boundary: only a circular convolution has a transfer function, got {self.boundary!r}")
-        values: Tensor = torch.fft.fftn(self._wrapped(), dim=self.dims)
-        return values
+        return self._transform(full=True)
 
     def spectrum(self) -> Spectrum | None:
         if self.boundary != "circular":
