@@ -5,6 +5,7 @@ WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
+DPROX := .venv-dprox
 READY := $(VENV)/.ready
 SHELL := /bin/bash
 say = @printf '\n== %s\n' $(1)
@@ -12,18 +13,27 @@ say = @printf '\n== %s\n' $(1)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types clean
+.PHONY: help demo examples test test-dprox lint types clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(READY) ## learn an unknown blur through the solver, and write a picture
 	$(call say,'Demo: learning the operator through the solve')
 	@$(BIN)/python -m nablasolve
 
+examples: $(READY) ## five short programs of the kind that a user writes, each with a picture, in outputs/
+	$(call say,'Examples')
+	@mkdir -p outputs
+	@set -e; for f in examples/*.py; do echo "$$f"; (cd outputs && ../$(BIN)/python ../$$f); done
+
 test: lint types ## lint, types, and all tests
 	$(call say,'Tests: pytest with $(WORKERS) workers')
 	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+test-dprox: $(DPROX)/.ready ## ∇-Prox as a client, in an environment of its own with the old NumPy that it needs
+	$(call say,'Tests: dprox through nablasolve')
+	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(DPROX)/bin/python -m pytest -q tests_dprox
 
 lint: $(READY) ## ruff: rules and format
 	$(call say,'Lint: ruff check and ruff format --check')
@@ -35,7 +45,7 @@ types: $(READY) ## mypy --strict on src
 	@$(BIN)/mypy
 
 clean: ## remove the environment and all caches
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DPROX) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(READY) exists only while the environment is whole: it goes first and comes last. Without it whatever an interrupted
@@ -51,3 +61,14 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps deepinv
 	@touch $@
 	$(call say,'Environment ready')
+
+$(DPROX)/.ready: pyproject.toml tests_dprox/requirements.txt
+	@test -n "$(PYTHON)" || { echo 'No python3.11 or python3 was found: install Python 3.11 and run make again.' >&2; exit 1; }
+	$(call say,'Environment of dprox 1/3: $(DPROX) from $(PYTHON)')
+	@$(PYTHON) -m venv --clear $(DPROX)
+	$(call say,'Environment of dprox 2/3: torch (the long download)')
+	@$(DPROX)/bin/python -m pip install torch==2.13.0
+	$(call say,'Environment of dprox 3/3: dprox and what it imports')
+	@$(DPROX)/bin/python -m pip install --quiet -r tests_dprox/requirements.txt
+	@$(DPROX)/bin/python -m pip install --quiet --no-deps dprox==0.2.1 -e .
+	@touch $@
