@@ -52,6 +52,10 @@ STRUCTURED = {
     "damped gram of a diagonal": (lambda: Diagonal(D).gram(0.5), lambda: torch.diag(D * D + 0.25)),
     "inverse": (lambda: Inverse(W), lambda: torch.linalg.inv(W)),
     "restriction by a unitary": (lambda: Diagonal(D).restrict(orthogonal()), lambda: Q.mT @ torch.diag(D) @ Q),
+    "damped gram of a product with a unitary": (
+        lambda: (Diagonal(D) @ orthogonal()).gram(0.5),
+        lambda: Q.mT @ torch.diag(D * D + 0.25) @ Q,
+    ),
     "unitary": (lambda: LinearOperator(lambda v: v.flip(-1), unitary=True), lambda: eye(6).flip(0)),
     "adjoint": (lambda: (Diagonal(D) @ aslinearoperator(W)).H, lambda: W.mT * D),
 }

@@ -263,10 +263,13 @@ class Gram(Composite):
         return None if spectrum is None else spectrum.gram(self.damp)
 
     def factorise(self) -> Factorisation | None:
-        direct = super().factorise()
-        if direct is not None or self.damped:
+        direct, of = super().factorise(), self.parts[0]
+        if direct is not None:
             return direct
-        factors = self.parts[0].factorise()
+        if isinstance(of, Product) and of.parts[1].unitary:  # (A U)^H (A U) + damp^2 I = U^H (A^H A + damp^2 I) U
+            A, U = of.parts
+            return (U.H @ A.gram(self.damp) @ U).factorise()
+        factors = None if self.damped else of.factorise()
         return None if factors is None else factors.H.then(factors)
 
     def exact_norm(self) -> Tensor | None:
