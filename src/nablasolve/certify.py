@@ -28,8 +28,9 @@ SYMMETRY_SLACK = 1e3
 NULL_SLACK = 10.0
 # A failed system of so few unknowns is worth one product for each of them, and its singular values.
 SMALL = 64
-# How many steps, of two products each, the search for a null vector of a larger one may take.
-PROJECTION_STEPS = 50
+# How many steps, of two products each, the search for a null vector of a larger one may take, and may take at least: beyond
+# that it takes no more products than the solve itself has taken.
+PROJECTION_STEPS, FEWEST_STEPS = 50, 32
 
 
 def opening(valid: Tensor, residual_norm: Tensor, threshold: Tensor) -> Tensor:
@@ -90,6 +91,7 @@ def diagnose(
     status: Tensor,
     threshold: Tensor,
     exhausted: Tensor,
+    products: int,
     hermitian: bool,
     definite: bool,
 ) -> Tensor:
@@ -104,6 +106,7 @@ def diagnose(
     batch_dims, eps = space.batch_dims, torch.finfo(b.dtype).eps
     failed, small = unexplained(status), dimension(b, batch_dims) <= SMALL
     suspects = [suspect for suspect in (r, direction) if suspect is not None]
+    steps = min(PROJECTION_STEPS, max(FEWEST_STEPS, products // (2 * len(suspects))))
     u, norm_b = _unit(b, batch_dims)
     v, norm_Au = _unit(A(u), batch_dims)
     Av = A(v)
@@ -140,7 +143,7 @@ def diagnose(
             break
         try:
             outside = _outside_range(
-                space, A, A_adjoint, u, suspect, norm_A, torch.maximum(goal, rounding), doubtful, exhausted
+                space, A, A_adjoint, u, suspect, norm_A, torch.maximum(goal, rounding), doubtful, exhausted, steps
             )
         except RuntimeError:  # code whose backward pass torch does not have
             break
@@ -185,6 +188,7 @@ def _outside_range(
     noise: Tensor,
     failed: Tensor,
     exhausted: Tensor,
+    steps: int,
 ) -> Tensor:
     """Where a failed system has a part of `u = b / |b|`, larger than `noise`, outside the range of `A`.
 
@@ -197,12 +201,12 @@ def _outside_range(
     batch_dims, eps = space.batch_dims, torch.finfo(u.dtype).eps
     q, _ = _unit(r, batch_dims)
     p, norm_old, found = torch.zeros_like(q), torch.ones_like(norm_A), torch.zeros_like(failed)
-    for step in range(PROJECTION_STEPS + 1):
+    for step in range(steps + 1):
         s, norm_s = _unit(A_adjoint(q), batch_dims)
         norm_q = precise_norm(q, batch_dims)
         null = norm_s <= NULL_SLACK * eps * norm_A * norm_q
         found = found | (failed & null & (_wide(abs(space.dot(q, u)), u) > noise * norm_q))
-        if step == PROJECTION_STEPS or not space.any(failed & exhausted & ~null & (norm_q > eps)):
+        if step == steps or not space.any(failed & exhausted & ~null & (norm_q > eps)):
             return found
         p = s + _times(norm_s / norm_old, p)
         w, norm_w = _unit(A(p), batch_dims)

@@ -217,7 +217,7 @@ def run(
         exhausted = (status != Status.MAXITER) | torch.as_tensor(iterations >= unknowns, device=b.device)
         with torch.no_grad():
             status = certify.diagnose(
-                space, A, A_adjoint, b, x, r, direction, status, threshold, exhausted, hermitian, definite
+                space, A, A_adjoint, b, x, r, direction, status, threshold, exhausted, A.count, hermitian, definite
             )
     if problem.transposed and (hermitian or problem.user_adjoint):
         status, norm_r = _check_claimed_adjoint(problem, b, x, parts["operator"], status, norm_r, threshold)

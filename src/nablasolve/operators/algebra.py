@@ -268,7 +268,7 @@ class Gram(Composite):
             return direct
         if isinstance(of, Product) and of.parts[1].unitary:  # (A U)^H (A U) + damp^2 I = U^H (A^H A + damp^2 I) U
             A, U = of.parts
-            return (U.H @ A.gram(self.damp) @ U).factorise()
+            return Product(Product(U.H, A.gram(self.damp)), U).factorise()
         factors = None if self.damped else of.factorise()
         return None if factors is None else factors.H.then(factors)
 
