@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +48,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import nablasolve as ns
+from nablasolve.closure import Closure
 
 # what Dynamo does to any captured tensor that is no leaf
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -282,6 +285,19 @@ def checkpointed(W: Tensor) -> Any:
     return lambda v: checkpoint(lambda v: W @ v, v, use_reentrant=False)
 
 
+class Kept:
+    """Keeps what it computes at first use."""
+
+    def __init__(self, W: Tensor) -> None:
+        self.W = W
+        self.matrix: Tensor | None = None
+
+    def __call__(self, v: Tensor) -> Tensor:
+        if self.matrix is None:
+            self.matrix = self.W + torch.sin(self.W)
+        return self.matrix @ v
+
+
 def parametrised(W: Tensor) -> Any:
     class Doubled(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
@@ -324,6 +340,8 @@ WAYS = (
         lambda W, s: W + s * EYE, leaves=2),
     Way("params and what depends on it", lambda W: ((lambda Q: lambda v, W: W @ v + Q @ v)(torch.sin(W)), {"params": (W,)}),
         lambda W: W + torch.sin(W)),
+    Way("params and the same captured", lambda W: (lambda v, P: P @ v + W.T @ v, {"params": (W,)}), lambda W: W + W.T),
+    Way("kept from its first use", lambda W: (Kept(W), {}), lambda W: W + torch.sin(W)),
     Way("old-style function alone", lambda W: (lambda v: OldStyleProduct.apply(W, v), {}), lambda W: W),
     Way("new-style function alone", lambda W: (lambda v: NewStyleProduct.apply(W, v), {}), lambda W: W),
     Way("function on a non-leaf", lambda W: ((lambda P: lambda v: OldStyleProduct.apply(P, v))(2 * W), {}), lambda W: 2 * W),
@@ -420,6 +438,166 @@ def test_nothing_is_recorded_without_derivatives(form: str) -> None:
     assert not FORM[form].solve("gmres", W, b, grad="none").requires_grad
     with torch.no_grad():
         assert not FORM[form].solve("gmres", W, b).requires_grad
+
+
+# -- what a first solve leaves alone -------------------------------------------------------------------------------
+
+READERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "closure": lambda K, b: ns.solve(lambda v: K @ v, b, rtol=1e-13),
+    "transposed product": lambda K, b: ns.solve(lambda v: K @ v + 0 * (K.T @ v), b, rtol=1e-13),
+    "module": lambda K, b: ns.solve(Child(K, buffer=True), b, rtol=1e-13),
+    "params": lambda K, b: ns.solve(lambda v, K: K @ v, b, params=(K,), rtol=1e-13),
+    "dense": lambda K, b: ns.solve(K, b),
+    "coo": lambda K, b: ns.solve(K.to_sparse_coo(), b, rtol=1e-13),
+    "old-style function": lambda K, b: ns.solve(lambda v: OldStyleProduct.apply(K, v), b, rtol=1e-13),
+    "seen and in a function": lambda K, b: ns.solve(lambda v: (OldStyleProduct.apply(K, v) + K @ v) / 2, b, rtol=1e-13),
+    "transform inside": lambda K, b: ns.solve(lambda v: torch.func.jvp(lambda u: K @ u, (v,), (v,))[1], b, rtol=1e-13),
+    "solve inside": lambda K, b: ns.solve(lambda v: K @ ns.solve(K, K @ v), b, rtol=1e-12),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize(
+    ("reader", "create_graph"),
+    [(r, c) for r in READERS for c in (False, True) if not (c and r == "coo")],  # torch's sparse tensors have no second ones
+)
+def test_hooks_and_retained_gradients_of_the_users_tensors_see_the_gradient_once(reader: str, create_graph: bool) -> None:
+    def run(solve: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        (W,) = well_conditioned_leaves(1)
+        b = draw(n, dtype=F64, seed=4).requires_grad_()
+        K = 1.5 * W
+        seen: list[Tensor] = []
+        for tensor in (W, K, b):
+            tensor.register_hook(lambda g: seen.append(g) or 0.1 * g)
+        for leaf in (W, b):
+            leaf.register_post_accumulate_grad_hook(lambda t: seen.append(t.grad))
+        K.retain_grad()
+        x = solve(K, b)
+        x.retain_grad()
+        loss(x).backward(create_graph=create_graph)
+        result = [*seen, W.grad, K.grad, b.grad, x.grad]
+        W.grad = b.grad = None  # create_graph=True leaves a cycle
+        return sorted((t.detach() for t in result), key=lambda t: (t.shape, float(t.norm())))
+
+    for value, reference in zip(run(READERS[reader]), run(dense_solution), strict=True):
+        assert relative_error(value, reference) <= 1e-7
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("parameter", [True, False])
+def test_backward_hooks_of_a_module_have_no_part_in_the_algebra(parameter: bool) -> None:
+    module = Child(well_conditioned_leaves(1)[0].detach(), buffer=not parameter)
+    b = draw(n, dtype=F64).requires_grad_()
+    calls: list[nn.Module] = []
+
+    def hook(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+        calls.append(module)
+        return tuple(None if g is None else 7 * g for g in inputs)
+
+    module.register_full_backward_hook(hook)
+    leaves = [b, module.weight] if parameter else [b]
+    value = torch.autograd.grad(loss(ns.solve(lambda v: module(v), b, rtol=1e-13)), leaves)
+    reference = torch.autograd.grad(loss(dense_solution(module.weight, b)), leaves)
+    for g, e in zip(value, reference, strict=True):
+        assert relative_error(g, e) <= 1e-7
+    assert not calls
+    module(b).sum().backward()
+    assert len(calls) == 1
+
+
+SAVERS = {
+    "identity": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+    "copy": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t),
+    "on the CPU": torch.autograd.graph.save_on_cpu,
+}
+
+
+@pytest.mark.parametrize("saver", SAVERS)
+@pytest.mark.parametrize("reader", READERS)
+def test_hooks_on_saved_tensors_change_no_gradient(reader: str, saver: str) -> None:
+    results = []
+    for solve, context in ((READERS[reader], SAVERS[saver]), (dense_solution, contextlib.nullcontext)):
+        (W,) = well_conditioned_leaves(1)
+        b = draw(n, dtype=F64, seed=4).requires_grad_()
+        with context():
+            value = loss(solve(W, b))
+            first = torch.autograd.grad(value, [W, b], create_graph=reader != "coo")
+            second = [] if reader == "coo" else torch.autograd.grad(sum(g.square().sum() for g in first), [W, b])
+        results.append([*first, *second][: 2 if reader == "coo" else 4])
+    for g, e in zip(*results, strict=True):
+        assert relative_error(g, e) <= 1e-6
+
+
+def in_a_thread(function: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:  # a new thread, in which autograd counts its nodes from 0
+        return pool.submit(function).result()
+
+
+@pytest.mark.parametrize("older", range(6))
+@pytest.mark.parametrize("reader", READERS)
+def test_tensors_may_come_from_another_thread(reader: str, older: int) -> None:
+    (W,) = well_conditioned_leaves(1)
+    b = draw(n, dtype=F64, seed=4).requires_grad_()
+
+    def made() -> Tensor:
+        K = W
+        for _ in range(older + 1):
+            K = K * 1.1
+        return K
+
+    K = in_a_thread(made)
+    for there, back in ((in_a_thread, lambda f: f()), (lambda f: f(), in_a_thread), (in_a_thread, in_a_thread)):
+        x = there(lambda: READERS[reader](K, b))
+        value = back(lambda x=x: torch.autograd.grad(loss(x), [W, b], retain_graph=True))
+        for g, e in zip(value, torch.autograd.grad(loss(dense_solution(made(), b)), [W, b]), strict=True):
+            assert relative_error(g, e) <= 1e-7
+
+
+@pytest.mark.parametrize("older", range(6))
+def test_hidden_dependency_from_another_thread_raises(older: int) -> None:
+    (W,) = well_conditioned_leaves(1)
+
+    def made() -> Tensor:
+        K = W
+        for _ in range(older + 1):
+            K = K * 1.1
+        return K
+
+    K = in_a_thread(made)
+    with pytest.raises(RuntimeError, match="params="):
+        in_a_thread(lambda: ns.solve(lambda v: W @ v + unseen(K, v), draw(n, dtype=F64)))
+
+
+def test_operator_may_read_its_right_hand_side() -> None:
+    b = draw(n, dtype=F64).requires_grad_()
+
+    def energy(w: Tensor) -> Tensor:
+        return 2 * w.square().sum() + (w**4).sum() + w[0] * w[1]
+
+    def product(v: Tensor) -> Tensor:
+        return torch.func.vjp(torch.func.grad(energy), b)[1](v)[0]
+
+    (g,) = torch.autograd.grad(loss(ns.solve(product, b, rtol=1e-13)), b)
+    H = torch.autograd.functional.hessian(energy, b, create_graph=True)
+    assert relative_error(g, torch.autograd.grad(loss(dense_solution(H, b)), b)[0]) <= 1e-7
+
+
+def test_recording_runs_the_operator_once_and_again_only_for_what_it_keeps() -> None:
+    (W,) = well_conditioned_leaves(1)
+    b = draw(n, dtype=F64)
+    kept = Kept(W)
+    for A, runs in ((lambda v: W @ v, 1), (Child(W, buffer=True), 1), (kept, 2), (kept, 1)):
+        assert Closure.record(A, b).runs == runs
+
+
+def test_autocast_keeps_no_cast_from_recording() -> None:
+    W = well_conditioned_leaves(1)[0].detach().float().requires_grad_()
+    b = draw(n, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        W @ b  # the cast that this leaves behind is older than the solve
+        closure = Closure.record(lambda v: (W @ v).float(), b)
+    assert closure.runs == 1
+    assert closure.recorded[0] is W
 
 
 # -- dependencies that no recording can see ------------------------------------------------------------------------
@@ -1112,3 +1290,33 @@ def test_compiled_code_around_a_solve_keeps_its_value_and_its_gradients(as_layer
     assert relative_error(value, expected) <= 1e-12
     for got, wanted in zip(torch.autograd.grad(value, [W, b]), torch.autograd.grad(expected, [W, b]), strict=True):
         assert relative_error(got, wanted) <= 1e-9
+
+
+# -- mixed precision -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["closure", "dense", "csr"])
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_a_solve_and_its_gradients_keep_their_precision_under_autocast(form: str, backward_inside: bool) -> None:
+    def run(autocast: bool) -> tuple[Tensor, ...]:
+        W, b = (t.requires_grad_() for t in FORM[form].system(torch.float32))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            x = FORM[form].solve("gmres", W, b)
+            if backward_inside:
+                return x, *torch.autograd.grad(loss(x), [W, b])
+        return x, *torch.autograd.grad(loss(x), [W, b])
+
+    for value, reference in zip(run(True), run(False), strict=True):
+        assert value.dtype == torch.float32
+        assert relative_error(value, reference) <= 1e-6
+
+
+def test_forward_mode_keeps_its_precision_under_autocast() -> None:
+    W, b = FORM["closure"].system(torch.float32)
+
+    def change() -> Tensor:
+        return torch.func.jvp(lambda W: ns.solve(lambda v: W @ v, b, rtol=1e-6), (3 * torch.eye(len(W)) + W / 4,), (W,))[1]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = change()
+    assert relative_error(inside, change()) <= 1e-6

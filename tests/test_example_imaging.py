@@ -14,9 +14,6 @@ from torch import Tensor
 
 from nablasolve.operators import LinearOperator, Radon
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("skimage")
-
 
 def example(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "examples" / f"{name}.py")

@@ -7,6 +7,7 @@ does not fit in it: backward passes outside a transform, transforms inside `A`, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -118,6 +119,77 @@ def made_anew_in_each_product(theta: Tensor, b: Tensor) -> Tensor:
     return ns.solve(lambda v: general(theta) @ v, b, rtol=RTOL)
 
 
+class Kept:
+    """`v -> general(theta) v` that computes its matrix at first use and keeps it, as `functools.cached_property` does."""
+
+    def __init__(self, theta: Tensor) -> None:
+        self.theta = theta
+
+    @functools.cached_property
+    def matrix(self) -> Tensor:
+        return general(self.theta)
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self.matrix @ v
+
+
+def kept_from_its_first_use(theta: Tensor, b: Tensor) -> Tensor:
+    return ns.solve(Kept(theta), b, rtol=RTOL)
+
+
+def kept_by_a_cached_function(theta: Tensor, b: Tensor) -> Tensor:
+    part = functools.lru_cache(lambda i: general(theta)[2 * i : 2 * i + 2])
+    return ns.solve(lambda v: torch.cat([part(0) @ v, part(1) @ v]), b, rtol=RTOL)
+
+
+def written_into_zeros(theta: Tensor, b: Tensor) -> Tensor:
+    A = general(theta)
+
+    def apply(v: Tensor) -> Tensor:
+        y = torch.zeros_like(v)
+        y[:2] = A[:2] @ v
+        y[2:] += A[2:] @ v
+        return y
+
+    return ns.solve(apply, b, rtol=RTOL)
+
+
+def schur_complement(theta: Tensor) -> Tensor:
+    K = general(theta)
+    return 9 * EYE - K @ torch.linalg.inv(K + 4 * EYE) @ K.mT / 8
+
+
+def with_a_solve_inside(theta: Tensor, b: Tensor) -> Tensor:
+    K = general(theta)
+
+    def apply(v: Tensor) -> Tensor:
+        return 9 * v - K @ ns.solve(lambda u: K @ u + 4 * u, K.mT @ v, rtol=1e-14) / 8
+
+    return ns.solve(apply, b, rtol=RTOL)
+
+
+def with_a_solve_of_a_tensor_inside(theta: Tensor, b: Tensor) -> Tensor:
+    K = general(theta)
+    return ns.solve(lambda v: 9 * v - K @ ns.solve(K + 4 * EYE, K.mT @ v) / 8, b, rtol=RTOL)
+
+
+def with_solves_three_levels_deep(theta: Tensor, b: Tensor) -> Tensor:
+    K = general(theta)
+
+    def inner(v: Tensor) -> Tensor:
+        return ns.solve(lambda u: 10 * u + K @ (K @ u), v, rtol=1e-15)
+
+    def middle(v: Tensor) -> Tensor:
+        return ns.solve(lambda u: 5 * u + K @ inner(u), v, rtol=1e-14)
+
+    return ns.solve(lambda v: K @ v + middle(v), b, rtol=RTOL)
+
+
+def three_levels_deep(theta: Tensor) -> Tensor:
+    K = general(theta)
+    return K + torch.linalg.inv(5 * EYE + K @ torch.linalg.inv(10 * EYE + K @ K))
+
+
 def as_a_tensor(matrix: Callable[[Tensor], Tensor], **options: Any) -> Solution:
     return lambda theta, b: ns.solve(matrix(theta), b, rtol=RTOL, **options)
 
@@ -153,6 +225,11 @@ def as_a_composition(theta: Tensor, b: Tensor) -> Tensor:
 
 def with_params(theta: Tensor, b: Tensor) -> Tensor:
     return ns.solve(lambda v, theta: general(theta) @ v, b, params=(theta,), rtol=RTOL)
+
+
+def with_params_that_are_captured_as_well(theta: Tensor, b: Tensor) -> Tensor:
+    K = general(theta)
+    return ns.solve(lambda v, P: (P @ v + K @ v) / 2, b, params=(K,), rtol=RTOL)
 
 
 def as_a_tree(theta: Tensor, b: Tensor) -> Tensor:
@@ -250,10 +327,18 @@ VARIANTS = {
     "jacobi, minres": Form(with_a_jacobi_preconditioner(indefinite, "minres"), inverse(indefinite)),
     "tensor preconditioner": Form(with_a_tensor_preconditioner, inverse(general)),
     "guess and adjoint options": Form(with_a_guess_and_other_adjoint_options, inverse(general)),
+    "params, captured as well": Form(with_params_that_are_captured_as_well, inverse(general)),
+    "kept": Form(kept_from_its_first_use, inverse(general)),
+    "kept parts": Form(kept_by_a_cached_function, inverse(general)),
+    "written into zeros": Form(written_into_zeros, inverse(general)),
+    "solve inside": Form(with_a_solve_inside, inverse(schur_complement)),
+    "solve of a tensor inside": Form(with_a_solve_of_a_tensor_inside, inverse(schur_complement)),
+    "solves three levels deep": Form(with_solves_three_levels_deep, inverse(three_levels_deep)),
 } | {
     f"{layout}": Form(as_a_sparse_tensor(layout), lambda theta, b: torch.linalg.inv(PATTERN) @ b * theta.exp().sum())
     for layout in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 }
+EVERY_FORM = FORMS | VARIANTS
 FAMILIES = (
     *("grad", "vjp", "jvp", "hessian", "jacfwd of jacfwd", "jacrev of jacfwd", "vmap over b", "vmap over theta"),
     *("vmap, in_dims=1", "vmap of vmap", "vmap of grad", "vmap of hessian", "vmap of jacrev", "grad of vmap"),
@@ -381,15 +466,40 @@ def in_a_sparse_tensor(theta: Tensor, b: Tensor) -> Tensor:
     return ns.solve(S, b, rtol=RTOL)
 
 
-@pytest.mark.parametrize("transform", ["grad", "vjp", "jacrev of jacrev", "grad of grad"])
-def test_a_sparse_matrix_made_inside_a_transform_is_differentiated_or_the_error_says_what_to_do(transform: str):
-    """Torch's own sparse tensors would drop a second derivative in silence."""
+@pytest.mark.parametrize("transform", ["grad", "vjp"])
+def test_a_sparse_matrix_made_inside_a_transform_has_its_first_derivative(transform: str):
+    check(Form(in_a_sparse_tensor, inverse(general)), TRANSFORMS[transform])
+
+
+def gradient_by_autograd_inside(f: Solution) -> Tensor:
+    def gradient(theta: Tensor) -> Tensor:
+        return torch.autograd.grad(loss_of(f)(theta, B), theta, create_graph=True)[0]
+
+    return grad(lambda theta: gradient(theta).sin().sum())(THETA)
+
+
+def derivative_of_a_gradient_outside(f: Solution) -> Tensor:
+    b = B.clone().requires_grad_()
+    return torch.autograd.grad(grad(lambda theta: loss_of(f)(theta, b))(THETA).sin().sum(), b)[0]
+
+
+SECOND = {name: TRANSFORMS[name] for name in ("jacrev of jacrev", "grad of grad")} | {
+    "autograd inside grad": gradient_by_autograd_inside,
+    "autograd outside grad": derivative_of_a_gradient_outside,
+    "grad of b of grad": lambda f: grad(lambda b: grad(loss_of(f))(THETA, b).sin().sum())(B),
+    "jvp of b of grad": lambda f: jvp(lambda b: grad(loss_of(f))(THETA, b), (B,), (DB,)),
+}
+
+
+@pytest.mark.parametrize("transform", SECOND)
+def test_a_second_derivative_through_a_sparse_matrix_is_right_or_the_error_says_what_to_do(transform: str):
+    """Torch's own sparse tensors would drop it in silence."""
     try:
-        actual = TRANSFORMS[transform](in_a_sparse_tensor)
+        actual = SECOND[transform](in_a_sparse_tensor)
     except RuntimeError as error:
         assert "function of its values" in str(error)  # noqa: PT017 (either outcome is right, a silent third one is not)
     else:
-        assert_close(actual, TRANSFORMS[transform](inverse(general)))
+        assert_close(actual, SECOND[transform](inverse(general)))
 
 
 # -- levels, auxiliary outputs, tensors without derivatives --------------------------------------------------------------
@@ -566,14 +676,16 @@ INSIDE = {
     "vmap of grad": lambda f, theta, bs: vmap(grad(lambda b: f(theta, b).sin().sum()))(bs),
     "vmap of jvp": lambda f, theta, bs: vmap(lambda b: jvp(lambda t: f(t, b), (theta,), (DTHETA,))[1])(bs),
 }
-OUTSIDE_FORMS = ("closure", "tensor", "operator with adjoint", "params", "jacobi, gmres", "complex closure")
+OUTSIDE_FORMS = (
+    *("closure", "tensor", "operator with adjoint", "params", "jacobi, gmres", "complex closure", "kept", "solve inside"),
+)
 
 
 @pytest.mark.parametrize("inside", INSIDE)
 @pytest.mark.parametrize("form", OUTSIDE_FORMS)
 def test_backward_outside_of_a_transform_reaches_the_tensors_captured_inside(form: str, inside: str):
     results = []
-    for f in FORMS[form]:
+    for f in EVERY_FORM[form]:
         theta, bs = leaves()
         value = sum(leaf.sin().sum() for leaf in pytree.tree_leaves(INSIDE[inside](f, theta, bs)))
         value.backward()
@@ -637,13 +749,15 @@ def test_a_closure_whose_variable_is_rebound_keeps_the_gradient_of_its_own_solve
 
 # -- autograd's own transforms -------------------------------------------------------------------------------------------
 
-AUTOGRAD_FORMS = ("closure", "closure, cg", "tensor", "operator with adjoint", "params", "tree", "complex closure")
+AUTOGRAD_FORMS = (
+    *("closure", "closure, cg", "tensor", "operator with adjoint", "params", "tree", "complex closure", "kept", "solve inside"),
+)
 
 
 @pytest.mark.parametrize(("strategy", "vectorize"), [("reverse-mode", False), ("reverse-mode", True), ("forward-mode", True)])
 @pytest.mark.parametrize("form", AUTOGRAD_FORMS)
 def test_autograd_functional_jacobian_is_that_of_the_dense_inverse(form: str, strategy: str, vectorize: bool):
-    f, reference = FORMS[form]
+    f, reference = EVERY_FORM[form]
     actual = torch.autograd.functional.jacobian(f, (THETA, B), strategy=strategy, vectorize=vectorize)
     assert_close(actual, jacrev(reference, (0, 1))(THETA, B))
 
@@ -655,7 +769,7 @@ def test_autograd_functional_jacobian_is_that_of_the_dense_inverse(form: str, st
     + [(form, "forward-mode") for form in AUTOGRAD_FORMS if "complex" not in form],
 )
 def test_autograd_functional_hessian_is_that_of_the_dense_inverse(form: str, strategy: str):
-    f, reference = FORMS[form]
+    f, reference = EVERY_FORM[form]
     actual = torch.autograd.functional.hessian(loss_of(f), (THETA, B), vectorize=True, outer_jacobian_strategy=strategy)
     assert_close(actual, hessian(loss_of(reference), (0, 1))(THETA, B))
 
@@ -663,14 +777,14 @@ def test_autograd_functional_hessian_is_that_of_the_dense_inverse(form: str, str
 @pytest.mark.parametrize("form", AUTOGRAD_FORMS)
 def test_a_batch_of_cotangents_is_pulled_back_at_once(form: str):
     theta, b = THETA.clone().requires_grad_(), B.clone().requires_grad_()
-    x = FORMS[form].solution(theta, b)
+    x = EVERY_FORM[form].solution(theta, b)
     actual = torch.autograd.grad(x, (theta, b), EYE, is_grads_batched=True)
-    assert_close(actual, jacrev(FORMS[form].reference, (0, 1))(THETA, B))
+    assert_close(actual, jacrev(EVERY_FORM[form].reference, (0, 1))(THETA, B))
 
 
 @pytest.mark.parametrize("form", AUTOGRAD_FORMS)
 def test_dual_numbers_carry_the_derivative(form: str):
-    f, reference = FORMS[form]
+    f, reference = EVERY_FORM[form]
     with forward_ad.dual_level():
         dual = f(forward_ad.make_dual(THETA, DTHETA), forward_ad.make_dual(B, DB))
         only_theta = f(forward_ad.make_dual(THETA, DTHETA), B)
@@ -683,7 +797,7 @@ def test_dual_numbers_carry_the_derivative(form: str):
 def test_forward_over_reverse_by_dual_numbers(form: str):
     """The tangent of a gradient, and the gradient of a tangent."""
     results = []
-    for f in FORMS[form]:
+    for f in EVERY_FORM[form]:
         theta = THETA.clone().requires_grad_()
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(theta, DTHETA)
@@ -700,9 +814,9 @@ def test_forward_over_reverse_by_dual_numbers(form: str):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpointed_solve_has_the_same_gradient(form: str, reentrant: bool):
     theta, b = THETA.clone().requires_grad_(), B.clone().requires_grad_()
-    x = checkpoint(FORMS[form].solution, theta, b, use_reentrant=reentrant)
+    x = checkpoint(EVERY_FORM[form].solution, theta, b, use_reentrant=reentrant)
     x.sin().sum().backward()  # the older kind of checkpoint supports nothing else
-    assert_close((theta.grad, b.grad), grad(lambda t, b: FORMS[form].reference(t, b).sin().sum(), (0, 1))(THETA, B))
+    assert_close((theta.grad, b.grad), grad(lambda t, b: EVERY_FORM[form].reference(t, b).sin().sum(), (0, 1))(THETA, B))
 
 
 # -- operators that use transforms themselves ----------------------------------------------------------------------------

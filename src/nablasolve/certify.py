@@ -254,9 +254,9 @@ def enforce(on_failure: str, phase: str, x: Any, info: SolveInfo) -> None:
 
 def _outside() -> int:
     """The `stacklevel` at which a warning of `enforce` names the line that called the library, or autograd."""
-    package, level = __name__.split(".")[0], 2
+    within, level = (__name__.split(".")[0], "torch", "contextlib"), 2
     frame = sys._getframe(level)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] in (package, "torch"):
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] in within:
         frame, level = frame.f_back, level + 1
     return level
 

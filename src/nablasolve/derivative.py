@@ -14,24 +14,29 @@ transform.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
-from .closure import is_differentiable, is_wrapped, transforms_active, transparent
+from .closure import transforms_active, transparent
 from .drive import solve_concretely
+from .graph import Run, is_differentiable, is_wrapped, level_of, tracks_beneath
 from .problem import Problem
-from .vectors import any_true, precise_norm
+from .trace import as_one_operation
+from .vectors import any_true, own_precision, precise_norm
 
 _functorch = torch._C._functorch
 
 NO_SECOND_SPARSE_DERIVATIVE = (
-    "A second derivative (create_graph=True) through a sparse Tensor A is not to be had: torch's own sparse tensors drop it in "
-    "silence. Detach A if it is wanted for b alone; else write A as a function of its values: "
+    "A second derivative (create_graph=True, nested transforms) through a sparse Tensor A is not to be had: torch's own sparse "
+    "tensors drop it in silence. Detach A if it is wanted for b alone; else write A as a function of its values: "
     "solve(lambda v, values: torch.zeros_like(v).index_add(0, rows, values * v[columns]), b, params=(values,))."
 )
 
@@ -39,6 +44,7 @@ NO_SECOND_SPARSE_DERIVATIVE = (
 CHANGE_SLACK = 10.0
 
 
+@as_one_operation
 def solve(problem: Problem, b: Tensor, x0: Tensor | None, given: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Solve the problem differentiably: solution, report and history (the latter two without derivatives)."""
     x, report, history, *_ = _apply(problem, b, x0, len(given), *given)
@@ -74,6 +80,7 @@ class _Solve(torch.autograd.Function):
         ctx.save_for_forward(*saved)
 
     @staticmethod
+    @own_precision()
     def backward(ctx: Any, x_bar: Tensor | None, *_: Any) -> tuple[Any, ...]:
         grads: list[Tensor | None] = [None] * ctx.inputs
         if x_bar is None:
@@ -88,7 +95,7 @@ class _Solve(torch.autograd.Function):
         grads[1] = adjoint
         needed = ctx.needs_input_grad[4:]
         wanted = [i for i in range(len(problem.operator.recorded)) if needed[i] and is_differentiable(given[i])]
-        if torch.is_grad_enabled() and any(_is_stored_in_sparse(given[i]) for i in wanted):
+        if any(_is_stored_in_sparse(given[i]) for i in wanted) and _is_differentiated_again([x_bar, x, *given]):
             raise RuntimeError(NO_SECOND_SPARSE_DERIVATIVE)
         pull_back = _pull_back_in_transform if transforms_active() else _pull_back
 
@@ -104,6 +111,7 @@ class _Solve(torch.autograd.Function):
         return tuple(grads)
 
     @staticmethod
+    @own_precision()
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
         problem: Problem = ctx.problem
         moving = tangents[4 : 4 + len(problem.operator.recorded)]
@@ -197,14 +205,50 @@ def _pull_back(
             start = x.view_as(x)
         if not start.requires_grad:
             start.requires_grad_()
-        parameters = [given[i] if given[i].requires_grad else given[i].detach().requires_grad_() for i in wanted]
+        run = Run()
+        # Aliases, made here and now: hooks on the user's own tensors, and what those keep in .grad, belong to the pass outside.
+        # Nothing leads from θ to its alias but through θ, so a part of θ̄ neither goes through x nor through another θ.
+        parameters = [_alias(given[i]) for i in wanted]
         y = problem.differentiable_apply(start, _replaced(given, wanted, parameters))
+        run.stop()
         check(y)
         if not y.requires_grad:
             return [None] * len(wanted)
-        # x depends on θ as well, but θ̄ is the part that does not go through x
-        with _Cut([start, *parameters]):
-            return torch.autograd.grad(y, parameters, cotangent, create_graph=again, retain_graph=True, allow_unused=True)
+        # an operation that no mode sees has taken θ itself
+        originals = problem.operator.originals
+        others = [start, *given, *parameters]
+        reached = run.dependencies(y, [*others, *(t for t, _ in originals)])[0] if originals else set()
+        unseen = [original for i, original in enumerate(originals, len(others)) if i in reached and original[1] in wanted]
+        tensors = [*parameters, *(t for t, _ in unseen)]
+        with _Cut([start, *tensors]) if unseen else contextlib.nullcontext(), _unhooked([t for t, _ in unseen]):
+            parts = torch.autograd.grad(y, tensors, cotangent, create_graph=again, retain_graph=True, allow_unused=True)
+        total = dict(zip(wanted, parts, strict=False))
+        for (_, i), part in zip(unseen, parts[len(wanted) :], strict=True):
+            total[i] = part if total[i] is None else total[i] if part is None else total[i] + part
+        return [total[i] for i in wanted]
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """Another tensor of the same values, and of the same tangent; the graph of one that has a graph goes on into it."""
+    if tensor.requires_grad and tensor.layout == torch.strided:
+        return tensor.view_as(tensor)
+    return tensor.detach().requires_grad_()
+
+
+@contextlib.contextmanager
+def _unhooked(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """While open, gradients that arrive at the tensors run no hooks of theirs, and leave `.grad` as it was."""
+    hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in tensors if t._backward_hooks]
+    retained = [(t, t.grad) for t in tensors if t.retains_grad]
+    for now, _ in hooks:
+        now.clear()
+    try:
+        yield
+    finally:
+        for now, before in hooks:
+            now.update(before)
+        for tensor, grad in retained:
+            tensor.grad = grad
 
 
 def _check_unchanged(problem: Problem, b: Tensor, y: Tensor, report: Tensor) -> None:
@@ -274,7 +318,8 @@ def _push_forward_in_transform(
     switched off, which would silence every nested derivative: they are switched on.
     """
     with forward_ad._set_fwd_grad_enabled(True):
-        x, _, _, *tensors = (forward_ad.unpack_dual(t).primal for t in saved)
+        # a sparse tensor holds no tangent
+        x, _, _, *tensors = (forward_ad.unpack_dual(t).primal if t.layout == torch.strided else t for t in saved)
         given = tensors[:count]
         rhs = torch.zeros_like(x) if db is None else db
         moving = [i for i, t in enumerate(tangents) if t is not None]
@@ -287,6 +332,27 @@ def _push_forward_in_transform(
             transposed = torch.func.vjp(pull_back, torch.zeros_like(x))[1]
             rhs = rhs - transposed(tuple(t for t in tangents if t is not None))[0]
         return _apply(problem.tangent, rhs, None, count, *tensors)[0]
+
+
+def _is_differentiated_again(tensors: Sequence[Tensor]) -> bool:
+    """Whether a derivative of this backward pass, of which these are the inputs, can be asked for.
+
+    A transform of `torch.func` always builds the graph of its pass, and drops the part at its own level: what counts is then
+    whether a transform further out, or plain autograd around all of them, takes part.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    if max(level_of(t) for t in tensors) <= 0:
+        return True
+    return tracks_beneath(tensors) or not _is_called_by_a_transform()
+
+
+def _is_called_by_a_transform() -> bool:
+    """Whether this backward pass is that of a transform, and not one that a user runs inside; False where it cannot be told."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code is not torch.autograd.grad.__code__:
+        frame = frame.f_back
+    return frame.f_back is not None and frame.f_back.f_code is eager_transforms._autograd_grad.__code__
 
 
 def _is_stored_in_sparse(values: Tensor) -> bool:

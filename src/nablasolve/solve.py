@@ -16,7 +16,7 @@ from .info import SolveInfo, Status, read_report
 from .methods import CG, GMRES, MINRES, BiCGStab, Method
 from .pose import pose
 from .problem import Problem
-from .vectors import any_true
+from .vectors import any_true, own_precision
 
 Tree = Any  # a tensor, or a pytree (tuple, list, dict) of tensors
 
@@ -239,6 +239,7 @@ def bicgstab(
 
 
 @eager
+@own_precision()
 def solve_with_record(
     A: Any,
     b: Tree,

@@ -8,9 +8,10 @@ Methods are written once for both.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,19 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which inner products are summed: 32 bits at least."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+@contextlib.contextmanager
+def own_precision() -> Iterator[None]:
+    """Switch `torch.autocast` off: a solve, and `A` in it, runs in the precision of its right-hand side.
+
+    A product rounded to 16 bits would leave no residual below their roundoff, and an operator that its adjoint does not match.
+    """
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 class Space(ABC):
