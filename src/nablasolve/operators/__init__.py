@@ -5,6 +5,7 @@ from .base import LinearOperator, aslinearoperator
 from .blocks import Block, BlockDiagonal, HStack, VStack
 from .coils import CoilSensitivities
 from .convolution import Convolution, FourierFilter, VaryingBlur
+from .curvature import Fisher, GaussNewton, Hessian, Jacobian
 from .dense import DenseOperator
 from .diagonal import Diagonal, Identity, Zero
 from .differences import FiniteDifference, Gradient, Laplacian
@@ -12,6 +13,7 @@ from .diffusion import ConvectionDiffusion, Diffusion
 from .fourier import DFT
 from .helmholtz import Helmholtz
 from .inverse import Inverse
+from .kernel_matrix import KernelMatrix
 from .kronecker import Kronecker
 from .low_rank import LowRank
 from .permutation import Permutation
@@ -37,13 +39,18 @@ __all__ = [
     "Diffusion",
     "Downsample",
     "FiniteDifference",
+    "Fisher",
     "FourierFilter",
+    "GaussNewton",
     "Gradient",
     "HStack",
     "Hankel",
     "Helmholtz",
+    "Hessian",
     "Identity",
     "Inverse",
+    "Jacobian",
+    "KernelMatrix",
     "Kronecker",
     "Laplacian",
     "LinearOperator",
