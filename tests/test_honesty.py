@@ -1065,3 +1065,39 @@ def test_a_batch_has_one_status_a_system():
         torch.testing.assert_close(x[index], solo, rtol=0, atol=1e-8 * solo.abs().max().item())
         assert abs(record.iterations - info.iterations[index]) <= 1  # rounding may cost one
     assert torch.isfinite(x).all()
+
+
+# -- what is not linear --------------------------------------------------------------------------------------------
+
+NONLINEAR = {
+    "relu": lambda v: torch.relu(v) + 0.5 * v,
+    "tanh": lambda v: 2 * v + 0.3 * torch.tanh(v),
+    "square": lambda v: 2 * v + 1e-3 * v * v,
+    "norm": lambda v: 2 * v + 0.1 * v / (1 + v.norm()),
+}
+
+
+@pytest.mark.parametrize("within", ["autograd", "torch.func"])
+@pytest.mark.parametrize("parameter", [False, True])
+@pytest.mark.parametrize("name", NONLINEAR)
+def test_a_function_that_is_not_linear_has_no_gradient_though_it_may_have_a_solution(name, parameter, within):
+    b = vector(12, torch.float64, 1)
+    scale = torch.tensor(1.5, dtype=torch.float64)
+
+    def loss(b, scale):
+        factor = scale if parameter else 1.5
+        return ns.solve(lambda v: factor * NONLINEAR[name](v), b, rtol=1e-6, on_failure="ignore").sum()
+
+    def differentiate():
+        if within == "torch.func":
+            return torch.func.grad(loss, argnums=(0, 1))(b, scale)
+        return loss(b.requires_grad_(), scale.requires_grad_()).backward()
+
+    with pytest.raises(RuntimeError, match="A is not linear"):
+        differentiate()
+
+
+def test_a_status_is_printed_by_its_name():
+    assert f"{Status.MAXITER}" == str(Status.MAXITER) == "MAXITER"
+    assert f"{Status.MAXITER:>9}" == "  MAXITER"
+    assert f"{Status.MAXITER:d}" == "2"

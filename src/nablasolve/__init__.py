@@ -117,3 +117,7 @@ __all__ = [
     "solve",
     "solve_ex",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -12,6 +12,14 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
+# what the same thing is called in different fields
+SYNONYMS = (
+    {"circular", "periodic", "wrap"},
+    {"zero", "dirichlet", "constant"},
+    {"symmetric", "neumann"},
+    {"replicate", "nearest"},
+)
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -36,6 +44,9 @@ def names_options(function: F) -> F:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest known name, or the list of all."""
+    synonym = next((k for group in SYNONYMS if name in group for k in known if k in group), None)
+    if synonym is not None:
+        return f"; did you mean {synonym!r}?"
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
@@ -64,6 +75,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
     """
     if not isinstance(value, str) or value not in choices:
         hint = nearest(value, choices) if isinstance(value, str) else ""
+        hint = "" if hint.startswith("; known") else hint  # they are all named already
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
     return value
 

@@ -28,6 +28,7 @@ from torch.autograd import forward_ad
 from .closure import transforms_active, transparent
 from .drive import solve_concretely
 from .graph import Run, is_differentiable, is_wrapped, level_of, tracks_beneath
+from .info import Status
 from .problem import Problem
 from .trace import as_one_operation
 from .vectors import any_true, own_precision, precise_norm
@@ -87,11 +88,11 @@ class _Solve(torch.autograd.Function):
             return tuple(grads)
         problem: Problem = ctx.problem
         # the pull-back of torch.func.vjp runs after its transform has ended, and its tensors are wrapped no more
-        x_bar, x, b, report, *tensors = (_functorch.unwrap_if_dead(t) for t in (x_bar, *ctx.saved_tensors))
-        given: list[Tensor] = tensors[: ctx.count]
+        x_bar, x, b, report, *tensors = (_functorch.unwrap_if_dead(t) for t in (x_bar, *_saved(ctx)))
+        given = list(tensors[: ctx.count])
         for closure in problem.closures.values():
             closure.check_constants()
-        adjoint = _apply(problem.H, x_bar, None, ctx.count, *tensors)[0]
+        adjoint, adjoint_report = _apply(problem.H, x_bar, None, ctx.count, *tensors)[:2]
         grads[1] = adjoint
         needed = ctx.needs_input_grad[4:]
         wanted = [i for i in range(len(problem.operator.recorded)) if needed[i] and is_differentiable(given[i])]
@@ -105,7 +106,12 @@ class _Solve(torch.autograd.Function):
             elif ctx.b._version == ctx.b_version:
                 _check_unchanged(problem, ctx.b, y, report)
 
-        parts = pull_back(problem, x, given, wanted, adjoint, check)
+        def check_back(x_back: Tensor) -> None:
+            _check_linear(problem, x_back, x_bar, adjoint_report)
+
+        # the older vmap of is_grads_batched=True cannot read the batch that it hides
+        unchecked = problem.linear or _functorch.is_legacy_batchedtensor(x_bar)
+        parts = pull_back(problem, x, given, wanted, adjoint, check, None if unchecked else check_back)
         for i, part in zip(wanted, parts, strict=True):
             grads[4 + i] = None if part is None else -part
         return tuple(grads)
@@ -138,6 +144,20 @@ class _Solve(torch.autograd.Function):
         return (x, report, history, *(t.squeeze(0) for t in left)), (0, 0, 0, *(None,) * len(left))
 
 
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    """The saved tensors; where one was changed in place, autograd's refusal in words that name `A`."""
+    try:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "The solution of solve, or a tensor that A depends on, was modified by an inplace operation between the forward "
+            "solve and the backward pass, so that the gradient is lost. Change a copy instead."
+        ) from error
+    return saved
+
+
 class _BatchSize(NamedTuple):
     batch_size: int
 
@@ -168,22 +188,33 @@ def _pull_back_in_transform(
     wanted: Sequence[int],
     cotangent: Tensor,
     check: Callable[[Tensor], None],
+    check_back: Callable[[Tensor], None] | None,
 ) -> Sequence[Tensor | None]:
     """`(∂(A(θ) x)/∂θ_i)^H cotangent` for the wanted `i`, differentiable at every level of `torch.func`.
 
-    `check` sees the product `A x` that this costs.
+    `check` sees the product `A x` that this costs, and `check_back` the `A'(x)^H cotangent` that comes with it.
     """
-    if not wanted:
+    first = [x] if check_back is not None else []
+
+    def of_all(*tensors: Tensor) -> Tensor:
+        start, parameters = (tensors[0], tensors[1:]) if first else (x, tensors)
+        return problem.differentiable_apply(start, _replaced(given, wanted, parameters))
+
+    if not (first or wanted):
         check(problem.differentiable_apply(x, given))
         return []
-
-    def of_parameters(*parameters: Tensor) -> Tensor:
-        return problem.differentiable_apply(x, _replaced(given, wanted, parameters))
-
-    y, pull_back = torch.func.vjp(of_parameters, *(given[i] for i in wanted))[:2]
+    try:
+        y, pull_back = torch.func.vjp(of_all, *first, *(given[i] for i in wanted))[:2]
+    except RuntimeError:
+        if wanted:
+            raise
+        check(problem.differentiable_apply(x, given))  # as below
+        return []
     check(y)
-    parts: Sequence[Tensor | None] = pull_back(cotangent)
-    return parts
+    parts: tuple[Tensor, ...] = pull_back(cotangent)
+    if check_back is not None:
+        check_back(parts[0])
+    return parts[len(first) :]
 
 
 def _pull_back(
@@ -193,23 +224,23 @@ def _pull_back(
     wanted: Sequence[int],
     cotangent: Tensor,
     check: Callable[[Tensor], None],
+    check_back: Callable[[Tensor], None] | None,
 ) -> Sequence[Tensor | None]:
     """The same outside transforms, by plain autograd."""
-    if not wanted:
-        with torch.no_grad():
-            check(problem.differentiable_apply(x, given))
-        return []
     again = torch.is_grad_enabled()
     with torch.enable_grad(), transparent():
-        with torch.set_grad_enabled(again):
-            start = x.view_as(x)
-        if not start.requires_grad:
-            start.requires_grad_()
+        start = x.view_as(x) if again and x.requires_grad else x.detach().requires_grad_()
         run = Run()
         # Aliases, made here and now: hooks on the user's own tensors, and what those keep in .grad, belong to the pass outside.
         # Nothing leads from θ to its alias but through θ, so a part of θ̄ neither goes through x nor through another θ.
         parameters = [_alias(given[i]) for i in wanted]
-        y = problem.differentiable_apply(start, _replaced(given, wanted, parameters))
+        try:
+            y = problem.differentiable_apply(start, _replaced(given, wanted, parameters))
+        except RuntimeError:
+            if wanted:
+                raise
+            with torch.no_grad():  # code that autograd cannot follow, though nothing but the check of linearity asks it to
+                y = problem.differentiable_apply(x, given)
         run.stop()
         check(y)
         if not y.requires_grad:
@@ -220,8 +251,16 @@ def _pull_back(
         reached = run.dependencies(y, [*others, *(t for t, _ in originals)])[0] if originals else set()
         unseen = [original for i, original in enumerate(originals, len(others)) if i in reached and original[1] in wanted]
         tensors = [*parameters, *(t for t, _ in unseen)]
+        first = [] if check_back is None or unseen else [start]  # a path from start may go through the unseen ones
+        if not (first or tensors):
+            return []
         with _Cut([start, *tensors]) if unseen else contextlib.nullcontext(), _unhooked([t for t, _ in unseen]):
-            parts = torch.autograd.grad(y, tensors, cotangent, create_graph=again, retain_graph=True, allow_unused=True)
+            parts = torch.autograd.grad(
+                y, [*first, *tensors], cotangent, create_graph=again, retain_graph=True, allow_unused=True
+            )
+        if first and check_back is not None and parts[0] is not None:
+            check_back(parts[0])
+        parts = parts[len(first) :]
         total = dict(zip(wanted, parts, strict=False))
         for (_, i), part in zip(unseen, parts[len(wanted) :], strict=True):
             total[i] = part if total[i] is None else total[i] if part is None else total[i] + part
@@ -265,6 +304,25 @@ def _check_unchanged(problem: Problem, b: Tensor, y: Tensor, report: Tensor) -> 
                 "A changed between the forward solve and the backward pass: applied to the solution it no longer gives b, "
                 "so that its adjoint is not that of the system that was solved. Keep what A reads unchanged until backward "
                 "has run."
+            )
+
+
+def _check_linear(problem: Problem, x_back: Tensor, x_bar: Tensor, report: Tensor) -> None:
+    """Raise if `A'(x)^H λ`, the derivative of `A` at the solution, is not the `A^H λ = x̄` that the adjoint solve certified.
+
+    Raises:
+        RuntimeError: for an `A` that is not linear, whose derivative at zero gave the adjoint.
+    """
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+        size = precise_norm(x_bar, problem.batch_dims)
+        error = precise_norm(x_back - x_bar, problem.batch_dims) / torch.where(size > 0, size, 1.0)
+        limit = CHANGE_SLACK * torch.clamp(report[..., 3], min=problem.H.options.rtol)
+        limit = torch.clamp(limit, min=torch.finfo(x_bar.dtype).eps ** 0.5)
+        if any_true((report[..., 0] == Status.CONVERGED) & (error > limit)):
+            raise RuntimeError(
+                "A is not linear: its derivative at the solution is another one than at zero, so that the gradient would be "
+                "that of another operator. print(nablasolve.check_operator(A, b)) looks for the reason; a system that is not "
+                "linear is solved by Newton's method, with nablasolve.Jacobian(f, x) for A."
             )
 
 

@@ -29,6 +29,12 @@ class Status(IntEnum):
         """One sentence: what happened, and what to try."""
         return _MESSAGES[self]
 
+    def __str__(self) -> str:
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        return format(int(self), spec) if spec[-1:] in ("d", "x", "b") else format(self.name, spec)
+
 
 _MESSAGES = {
     Status.CONVERGED: "The recomputed residual meets the tolerance.",
@@ -36,13 +42,15 @@ _MESSAGES = {
     Status.MAXITER: "The iteration limit was reached before the tolerance: raise maxiter, loosen rtol, or give a "
     "preconditioner M.",
     Status.STAGNATED: "The true residual stopped falling above the tolerance: loosen rtol, use a wider dtype, or give "
-    "a preconditioner M.",
+    "a preconditioner M; and if A may not be linear (a bias, an in-place operation, noise), look at "
+    "check_operator(A, b).",
     Status.BREAKDOWN: "The method met a zero denominator that a restart did not remove: the operator may be singular; "
     "try method='gmres', or method='minres' if it is Hermitian.",
     Status.INDEFINITE: "A direction of non-positive curvature was met, so the operator or the preconditioner M is not "
     "positive definite: try method='minres' (Hermitian) or 'gmres', and check the sign of M.",
-    Status.NOT_HERMITIAN: "The operator is not Hermitian as the method or the claim requires: try method='gmres' or "
-    "'bicgstab', and drop the claim.",
+    Status.NOT_HERMITIAN: "The operator is not Hermitian as the method or the claim requires, or the adjoint= that was given "
+    "is not its adjoint: try method='gmres' or 'bicgstab' without the claim, leave adjoint= out, or look at "
+    "check_operator(A, b).",
     Status.INCONSISTENT: "The operator is singular and b has a part outside its range, so that no solution exists: "
     "project b onto the range, or solve the least-squares problem.",
     Status.NONFINITE: "NaN or Inf was met in b, in x0, or in what A or M returned: look at the inputs and at A.",

@@ -128,6 +128,7 @@ def pose(
         operator=main,
         operator_adjoint=_adjoint_closure(operator, flat, batch_dims, side),
         user_adjoint=operator.has_user_adjoint,
+        linear=operator.known_linear,
         preconditioner=None if preconditioner is None else side("M", preconditioner.apply),
         preconditioner_adjoint=(
             side("M", preconditioner.apply_adjoint) if preconditioner is not None and preconditioner.has_adjoint else None
@@ -183,7 +184,8 @@ def right_hand_side(operator: LinearOperator, b: Tree, batch_dims: Any) -> tuple
     leaves, spec = pytree.tree_flatten(b)
     if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
         wrong = next((type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)), "an empty tree")
-        raise TypeError(f"b: expected a Tensor or a pytree of Tensors, got {wrong}")
+        remedy = "; use torch.from_numpy" if wrong == "ndarray" else ""
+        raise TypeError(f"b: expected a Tensor or a pytree of Tensors, got {wrong}{remedy}")
     first = leaves[0]
     for leaf in leaves:
         if leaf.layout != torch.strided:
@@ -315,7 +317,8 @@ def _method(name: str, method: Any, operator: LinearOperator, M: Any, factors: _
         check_method_name(name, method)
         method = Direct(positive_definite_matrix=operator.positive_definite) if method == "direct" else METHODS[method]()
     if not isinstance(method, Method):
-        raise TypeError(f"{name}: expected a name or a method object such as GMRES(restart=50), got {type(method).__name__}")
+        got = f"the class {method.__name__}; write {method.__name__}()" if isinstance(method, type) else type(method).__name__
+        raise TypeError(f"{name}: expected a name or a method object such as GMRES(restart=50), got {got}")
     if isinstance(method, Direct):
         if not dense and factors.value is None:
             needed = "A as a dense Tensor or an operator whose structure allows it"

@@ -62,6 +62,7 @@ class Problem:
         derived: whether it comes from a derivative rather than from the user.
         known: whether the guess is the solution already, which only has to be attached to the graph.
         user_adjoint: whether the adjoint rests on a function of the user.
+        linear: whether `A` is known to be linear, as it is not if it is a function of the user.
         layout: how the user's tree lies in a vector.
         records: where the record of the solve is left.
         adjoint_records: where the record of the adjoint solve will be left.
@@ -87,6 +88,7 @@ class Problem:
     derived: bool = False
     known: bool = False
     user_adjoint: bool = False
+    linear: bool = False
     recordings: int = 0
     records: list[SolveInfo] = field(default_factory=list)
     adjoint_records: list[SolveInfo] = field(default_factory=list)

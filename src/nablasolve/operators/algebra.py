@@ -35,6 +35,10 @@ class Composite(LinearOperator):
     def has_user_adjoint(self) -> bool:
         return any(part.has_user_adjoint for part in self.parts)
 
+    @property
+    def known_linear(self) -> bool:
+        return all(part.known_linear for part in self.parts)
+
     def for_one_solve(self) -> LinearOperator:
         return self.with_parts(tuple(part.for_one_solve() for part in self.parts))
 
@@ -259,7 +263,12 @@ class Gram(Composite):
         return self.apply(y)
 
     def spectrum(self) -> Spectrum | None:
-        spectrum = self.parts[0].spectrum()
+        from .diagonal import Identity
+
+        of = self.parts[0]
+        spectrum = of.spectrum()
+        if spectrum is None and of.claims.isometric and isinstance(of.domain, AnyBatch):  # A^H A = I
+            spectrum = Identity(of.domain).spectrum()
         return None if spectrum is None else spectrum.gram(self.damp)
 
     def factorise(self) -> Factorisation | None:

@@ -101,6 +101,11 @@ class LinearOperator:
         return self.adjoint_fn is not None or type(self).apply_adjoint is not LinearOperator.apply_adjoint
 
     @property
+    def known_linear(self) -> bool:
+        """Whether the operator is linear by construction; a function of the user's may be anything."""
+        return False
+
+    @property
     def hermitian(self) -> bool:
         """Whether the operator is known to be Hermitian."""
         return self.claims.hermitian
@@ -333,6 +338,8 @@ class LinearOperator:
     def __mul__(self, other: Any) -> LinearOperator:
         from .algebra import Scaled
 
+        if isinstance(other, Tensor) and other.ndim:
+            raise TypeError(f"factor: expected a number or a 0-d tensor, got shape {tuple(other.shape)}")
         return Scaled(self, other) if is_scalar(other) else NotImplemented
 
     __rmul__ = __mul__
@@ -442,6 +449,10 @@ class StructuredOperator(LinearOperator):
     def has_user_adjoint(self) -> bool:
         return False
 
+    @property
+    def known_linear(self) -> bool:
+        return True
+
     def conj(self) -> LinearOperator:
         real = not spaces.is_complex(self.domain) and not spaces.is_complex(self.codomain)
         return self if real else super().conj()
@@ -477,8 +488,9 @@ def aslinearoperator(A: Any, **claims: Any) -> LinearOperator:
         raise TypeError(f"A: {type(A).__name__} is of another library; convert it: {_NEIGHBOURS[neighbour]}(A)")
     if callable(A):
         return LinearOperator(A, **claims)
+    remedy = "; use torch.from_numpy" if neighbour == "numpy" else ""
     raise TypeError(
-        f"A: expected a callable, an nn.Module, a Tensor, a sparse Tensor or a LinearOperator, got {type(A).__name__}"
+        f"A: expected a callable, an nn.Module, a Tensor, a sparse Tensor or a LinearOperator, got {type(A).__name__}{remedy}"
     )
 
 
