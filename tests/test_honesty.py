@@ -1101,3 +1101,25 @@ def test_a_status_is_printed_by_its_name():
     assert f"{Status.MAXITER}" == str(Status.MAXITER) == "MAXITER"
     assert f"{Status.MAXITER:>9}" == "  MAXITER"
     assert f"{Status.MAXITER:d}" == "2"
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("method", ["cg", "minres"])
+def test_an_operator_that_is_not_hermitian_is_called_so_long_before_the_iteration_limit(method, batched):
+    n = 5000
+    d = torch.linspace(1, 100, n, dtype=torch.float64)
+    skew = torch.tensor([0.0, 30.0], dtype=torch.float64)[:, None] if batched else 30.0
+    b = vector(2 * n, torch.float64).reshape(2, n) if batched else vector(n, torch.float64)
+    _, info = ns.solve_ex(lambda v: d * v + skew * (v - v.roll(1, -1)), b, method=method, batch_dims=int(batched))
+    status = info.status.tolist() if batched else [Status.CONVERGED, info.status]
+    assert status == [Status.CONVERGED, Status.NOT_HERMITIAN]
+    assert torch.as_tensor(info.iterations).max() <= 2048
+
+
+def test_slow_convergence_of_a_hermitian_operator_is_left_alone():
+    d = torch.logspace(0, 5, 2000, dtype=torch.float64)
+    calls = []
+    _, info = ns.solve_ex(lambda v: calls.append(1) or d * v, torch.ones(2000, dtype=torch.float64), method="cg", grad="none")
+    assert info.converged
+    assert info.iterations > 512
+    assert len(calls) == info.matvecs <= info.iterations + 10

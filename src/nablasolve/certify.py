@@ -108,15 +108,12 @@ def diagnose(
     suspects = [suspect for suspect in (r, direction) if suspect is not None]
     steps = min(PROJECTION_STEPS, max(FEWEST_STEPS, products // (2 * len(suspects))))
     u, norm_b = _unit(b, batch_dims)
-    v, norm_Au = _unit(A(u), batch_dims)
-    Av = A(v)
-    norm_A = torch.maximum(norm_Au, precise_norm(Av, batch_dims))
+    norm_A, asymmetric = _symmetry(space, A, u)
     # how large a part of u may be the rounding of b = A x (a larger x has exploded, and no longer tells), or is tolerated
     growth = torch.clamp(norm_A * precise_norm(x, batch_dims) / norm_b, max=eps**-0.5)
     rounding = NULL_SLACK * eps * (1 + growth)
     goal = threshold / norm_b
     if hermitian:
-        asymmetric = (norm_Au - _wide(space.real_dot(u, Av), b)).abs() > SYMMETRY_SLACK * eps * norm_A
         status = torch.where(failed & asymmetric, int(Status.NOT_HERMITIAN), status)
     for suspect in suspects if definite else ():
         q, _ = _unit(suspect, batch_dims)
@@ -150,6 +147,20 @@ def diagnose(
         status = torch.where(outside, int(Status.INCONSISTENT), status)
         doubtful = doubtful & ~outside
     return status
+
+
+def _symmetry(space: Space, A: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
+    """An estimate of `|A|`, and where `A` is not Hermitian: with `v = A u / |A u|`, `v^H A u` differs from `u^H A v`."""
+    v, norm_Au = _unit(A(u), space.batch_dims)
+    Av = A(v)
+    norm_A = torch.maximum(norm_Au, precise_norm(Av, space.batch_dims))
+    difference = (norm_Au - _wide(space.real_dot(u, Av), u)).abs()
+    return norm_A, difference > SYMMETRY_SLACK * torch.finfo(u.dtype).eps * norm_A
+
+
+def asymmetric(space: Space, A: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
+    """Where two products show that `A` is not Hermitian."""
+    return _symmetry(space, A, _unit(b, space.batch_dims)[0])[1]
 
 
 def _outside_range_of_small(

@@ -23,6 +23,9 @@ logger = logging.getLogger("nablasolve")
 
 # How far the residual under the true adjoint may exceed the tolerance before a claimed adjoint is called false.
 CLAIM_SLACK = 10.0
+# After so many steps, and then each time after so many times more, a method that trusts A to be Hermitian and has gained little
+# since is worth two products that test it.
+FIRST_MILESTONE, MILESTONES = 128, 4
 # By what factor a restarted method is to reduce the true residual at least.
 RESTART_GAIN = 0.1
 
@@ -148,6 +151,7 @@ def run(
     watch = _Watch(problem, norm_r)
     rescaled = _Rescaled(A, space) if M is None and matrix is None and inverse is None else None
     first_cycle, direction, ended = True, None, status
+    hermitian = problem.hermitian or method.hermitian
 
     while True:
         spent = torch.as_tensor(iterations >= options.maxiter, device=b.device)
@@ -171,17 +175,24 @@ def run(
             inverse=inverse,
         )
         state = method.init(equation)
+        steps, milestone, reached = 0, FIRST_MILESTONE, state.residual_norm
         while True:
             active = state.running
             if not space.any(active):
                 break
             state = method.step(state)
-            iterations = iterations + active
+            iterations, steps = iterations + active, steps + 1
             state.stop(Status.NONFINITE, space.nonfinite(state.residual_norm))
             state.stop(CLAIMED, state.residual_norm <= equation.target)
             if watch.wanted and watch.stops(state.residual_norm, scale, running, norm_r):
                 state.stop(Status.STOPPED, state.running)
             state.stop(Status.MAXITER, iterations >= options.maxiter)
+            if hermitian and steps == milestone:
+                if space.any(state.running & (state.residual_norm > certify.WORTHWHILE_GAIN * reached)):
+                    with torch.no_grad():
+                        broken = certify.asymmetric(space, A, b)
+                    state.stop(Status.NOT_HERMITIAN, broken.item() if isinstance(space, HostSpace) else broken)
+                milestone, reached = MILESTONES * milestone, state.residual_norm
         kept, direction = kept or method.keep(state), method.direction(state)
         ended = torch.as_tensor(state.status, device=b.device)
         d = method.solution(state)
@@ -205,7 +216,6 @@ def run(
 
     if x is None:
         x = b * 0 if unroll else torch.zeros_like(b, memory_format=torch.contiguous_format)
-    hermitian = problem.hermitian or method.hermitian
     A_adjoint: _Operator | None = None
     if not first_cycle and space.any(certify.unexplained(status)):
         definite = problem.positive_definite or method.positive_definite
