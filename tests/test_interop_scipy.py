@@ -145,3 +145,14 @@ def test_what_is_missing_is_said():
         ns.solve(scipy.sparse.csr_array(M), torch.ones(4))
     with pytest.raises(TypeError, match=r"nablasolve\.interop\.scipy\.from_scipy"):
         ns.solve(scipy.sparse.linalg.aslinearoperator(M), torch.ones(4))
+
+
+def test_a_complex_operator_keeps_the_imaginary_part_of_what_it_makes_of_a_real_vector():
+    C = M.T @ M * (1 + 2j)
+    A = from_scipy(scipy.sparse.linalg.aslinearoperator(C))
+    x = torch.linspace(1, 2, 4, dtype=F64)
+    assert np.allclose(A(x).numpy(), C @ x.numpy())
+    assert np.allclose(
+        from_scipy(scipy.sparse.linalg.aslinearoperator(M)).H(torch.as_tensor(M @ M.T[:, 0] * 1j).conj()).numpy(),
+        M.T @ (-1j * (M @ M.T[:, 0])),
+    )

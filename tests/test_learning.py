@@ -729,3 +729,11 @@ def test_labels_name_the_options() -> None:
     }
     for label, A in labels.items():
         assert repr(A) == label
+
+
+def test_a_tensor_that_only_the_loss_reads_has_its_gradient() -> None:
+    w = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    x, v = draw(3), draw(3, seed=1)
+    G = GaussNewton(lambda x: x**2, lambda y: w * (y**2).sum(), x, damping=1.0)
+    (g,) = torch.autograd.grad((G @ v).sum(), w)
+    assert torch.allclose(g, (8 * x**2 * v).sum())

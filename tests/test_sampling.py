@@ -20,7 +20,6 @@ import nablasolve as ns
 from nablasolve.operators import (
     DFT,
     CoilSensitivities,
-    Diagonal,
     Downsample,
     Mask,
     Mosaic,
@@ -167,7 +166,6 @@ def test_a_centered_transform_of_a_centered_gaussian_is_real_and_positive() -> N
 def test_coil_images_are_combined_in_one_division() -> None:
     maps, x = draw(4, 5, 6, dtype=torch.complex128), draw(5, 6, dtype=torch.complex128, seed=1)
     S = CoilSensitivities(maps)
-    assert isinstance(S.gram(), Diagonal)
     solution, info = ns.solve_ex(S.gram(), S.H(S(x)))
     assert info.method == "direct"
     assert close(solution, x)

@@ -418,3 +418,120 @@ def test_zero_keeps_batches_and_trees():
     y = Z({"a": draw(4, 6), "b": draw(4, 2)})
     assert y.shape == (4, 3)
     assert not y.any()
+
+
+# -- what a review has found -------------------------------------------------------------------------------------------
+
+
+def test_a_factor_with_batch_dimensions_of_its_own_is_refused_by_kronecker():
+    with pytest.raises(ValueError, match=r"factors\[0\]: expected an operator without batch dimensions of its own"):
+        Kronecker(draw(3, 2, 2), draw(3, 3))
+
+
+def test_a_hermitian_product_of_factors_that_are_not_has_estimated_eigenvalues():
+    A, B = (M - M.mT for M in (draw(3, 3), draw(4, 4, seed=1)))
+    K = aslinearoperator(Kronecker(A, B), hermitian=True)
+    (low, high), how = K.eigenvalue_bounds(return_how=True)
+    truth = torch.linalg.eigvalsh(torch.kron(A, B))
+    assert how == "Lanczos"
+    assert abs(low - truth[0]) < 1e-8
+    assert abs(high - truth[-1]) < 1e-8
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda lam: Diagonal(D).gram(lam),
+        lambda lam: ns.Subsample(6, [0, 2], like=D).gram(lam),
+        lambda lam: ns.CoilSensitivities(torch.stack([D, D])).gram(lam),
+        lambda lam: ns.DFT(6, like=D.to(C128)).gram(lam),
+        lambda lam: ns.Gradient(6, like=D).gram(lam),
+        lambda lam: Diagonal(D) / lam,
+        lambda lam: lam * Diagonal(D),
+        lambda lam: (Diagonal(D) / lam).inverse(),
+    ],
+)
+def test_a_tensor_is_read_where_the_operator_is_applied(build):
+    lam = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    A, x = build(lam), torch.ones(6, dtype=C128)
+    first = A(x).detach()
+    for _ in range(2):  # each application has a graph of its own
+        torch.autograd.grad(A(x).abs().sum(), lam)
+    with torch.no_grad():
+        lam.fill_(3.0)
+    assert not torch.allclose(A(x), first)
+
+
+def test_an_adjoint_method_that_is_asked_for_is_not_replaced():
+    d = (D - 1.5).requires_grad_()
+    x, info = ns.solve_ex(Diagonal(d), D, adjoint=dict(method="gmres", maxiter=2), on_failure="ignore")
+    x.sum().backward()
+    assert (info.adjoint.method, info.adjoint.iterations) == ("gmres", 2)
+
+
+def test_a_callback_stops_a_direct_solve_for_good_and_the_history_is_whole():
+    seen = []
+    T = ns.Triangular(torch.tril(draw(40, 40)))
+    _, info = ns.solve_ex(T, draw(40), callback=lambda state: seen.append(state.iteration) or True, rtol=1e-15)
+    assert seen == [1]
+    assert (info.iterations, info.status) == (1, ns.Status.STOPPED)
+    _, info = ns.solve_ex(Diagonal(torch.tensor([1.0, 0, 2])), torch.ones(3), history=True)
+    assert len(info.history) == info.iterations + 1
+
+
+def test_a_krylov_method_that_goes_on_does_not_begin_at_an_exploded_iterate():
+    F = ns.FiniteDifference(8, kind="central", dtype=F64)
+    b = F.gram()(draw(8))
+    x, info = ns.solve_ex(F.gram(), b)
+    assert info.converged
+    assert torch.allclose(F.gram()(x), b)
+
+
+def test_one_channel_does_not_make_another_singular():
+    kernel = torch.stack([draw(3), 1e18 * draw(3, seed=1)])
+    H, b = ns.Convolution(kernel, 16), draw(2, 16, seed=2)
+    _, info = ns.solve_ex(H, b, batch_dims=1)
+    assert info.method == "direct"
+    assert info.converged.all()
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_an_update_of_a_batch_of_matrices_is_solved(k):
+    M, U, b = draw(3, 4, 4) + 5 * eye(4), draw(4, k), draw(3, 4)
+    x, info = ns.solve_ex(aslinearoperator(M) + ns.LowRank(U), b, batch_dims=1)
+    assert info.method == "direct"
+    assert torch.as_tensor(info.iterations).max() == 1
+    assert torch.allclose(x, torch.linalg.solve(M + U @ U.mT, b))
+
+
+def test_a_complex_matrix_takes_a_real_update():
+    M, U, b = draw(4, 4, dtype=C128) + 5 * eye(4), draw(4, 2), draw(4, dtype=C128)
+    assert torch.allclose(ns.solve(aslinearoperator(M) + ns.LowRank(U), b), torch.linalg.solve(M + U @ U.mT, b))
+
+
+def test_a_complex_reaction_is_solved_in_one_dimension():
+    A = ns.Diffusion(D, reaction=torch.tensor(1j, dtype=C128))
+    x = ns.solve(A, D)
+    assert torch.allclose(A(x), D.to(C128))
+
+
+def test_the_adjoint_of_an_inverse_takes_the_adjoint_preconditioner():
+    n = 60
+    M = 0.3 * draw(n, n) + torch.diag(torch.logspace(0, 4, n, dtype=F64)).roll(3, 0)
+    inverse = Inverse(black_box(M), M=torch.linalg.inv(M), method="gmres", maxiter=5)
+    b = draw(n, seed=1)
+    assert torch.allclose(M @ inverse(b), b)
+    assert torch.allclose(M.mT @ inverse.H(b), b, atol=1e-6)
+    with pytest.raises(TypeError, match="option 'x0' belongs to one right-hand side"):
+        Inverse(M, x0=b)
+
+
+def test_products_and_multiples_that_are_complex_act_on_complex_vectors():
+    E = ns.DFT(8, like=draw(1, dtype=C128)) @ ns.Convolution(draw(3), 8, boundary="zero")
+    assert E.norm_estimate(steps=8) == pytest.approx(float(torch.linalg.matrix_norm(E.to_dense(), ord=2)), rel=1e-6)
+    assert ns.solve(E.gram(0.1), draw(8)).is_complex()
+    assert "complex128" in repr(1j * Diagonal(D))
+    assert (1j * ns.Toeplitz(draw(100))).norm_estimate() > 0
+    assert torch.allclose(
+        ns.solve(1j * ns.LowRank(draw(4, 4)), draw(4)), ns.solve(1j * ns.LowRank(draw(4, 4)).to_dense(), draw(4))
+    )

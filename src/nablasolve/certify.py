@@ -74,6 +74,11 @@ def useless(status: Tensor, before: Tensor, after: Tensor, first_cycle: bool, ep
     return ~torch.isfinite(after) | (after > before * torch.where(unfinished, eps**-0.5, 1.0))
 
 
+def may_be_solved_otherwise(status: Tensor) -> Tensor:
+    """The systems that failed for a reason of the method, rather than a limit, a callback or the data."""
+    return torch.stack([status == code for code in (Status.STAGNATED, Status.BREAKDOWN, Status.INDEFINITE)]).any(0)
+
+
 def unexplained(status: Tensor) -> Tensor:
     """The systems whose failure may have a more exact reason than the method could give."""
     vague = (Status.MAXITER, Status.STAGNATED, Status.BREAKDOWN, Status.INDEFINITE)

@@ -229,7 +229,10 @@ def _pull_back(
     """The same outside transforms, by plain autograd."""
     again = torch.is_grad_enabled()
     with torch.enable_grad(), transparent():
-        start = x.view_as(x) if again and x.requires_grad else x.detach().requires_grad_()
+        with torch.set_grad_enabled(again):
+            start = x.clone()  # with its tangent
+        if not start.requires_grad:
+            start.requires_grad_()
         run = Run()
         # Aliases, made here and now: hooks on the user's own tensors, and what those keep in .grad, belong to the pass outside.
         # Nothing leads from θ to its alias but through θ, so a part of θ̄ neither goes through x nor through another θ.

@@ -83,10 +83,12 @@ def solve_concretely(
     with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
         outcome, method = run(problem, b, x0, given, kept), problem.options.method
         fallback = problem.options.fallback
-        if fallback is not None and any_true(outcome.report[..., 0] != Status.CONVERGED):
-            first, method = outcome.report, fallback
-            outcome = run(problem.solved_by(fallback), b, outcome.x, given)
-            outcome.report[..., [1, 4, 5]] += first[..., [1, 4, 5]]  # iterations and products
+        if fallback is not None and any_true(certify.may_be_solved_otherwise(outcome.report[..., 0])):
+            first, method = outcome, fallback
+            solved = first.report[..., 0] == Status.CONVERGED
+            outcome = run(problem.solved_by(fallback), b, _where(solved, first.x), given)
+            outcome.report[..., [1, 4, 5]] += first.report[..., [1, 4, 5]]  # iterations and products
+            outcome.history = torch.cat([first.history, outcome.history[..., 1:]], dim=-1)
         past = outcome.history.movedim(-1, 0) if problem.history else None
         info = read_report(outcome.report, past, method.name, problem.adjoint_records, mapped=False)
     problem.records.append(info)

@@ -99,6 +99,7 @@ def pose(
     # the adjoint of a claimed operator keeps the claim; a method that was asked for by name is inherited
     backward = replace(
         forward,
+        fallback=None if "method" in adjoint else forward.fallback,
         method=_method("adjoint['method']", adjoint["method"], operator, M, factors) if "method" in adjoint else forward.method,
         rtol=check_tolerance("adjoint['rtol']", adjoint["rtol"]) if adjoint.get("rtol") is not None else forward.rtol,
         maxiter=check_maxiter("adjoint['maxiter']", adjoint.get("maxiter"), forward.maxiter),

@@ -41,7 +41,7 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(map: Map, x: Tensor) -> Tensor:
         batch = x.shape[: x.ndim - len(map.domain)]
-        vectors = x.detach().resolve_conj().cpu().reshape(-1, *map.domain)
+        vectors = x.detach().resolve_conj().resolve_neg().cpu().reshape(-1, *map.domain)
         if not len(vectors):
             return x.new_zeros((*batch, *map.codomain))
         return torch.stack([map.forward(v) for v in vectors]).reshape(*batch, *map.codomain).to(x.device)
@@ -87,6 +87,8 @@ class External(StructuredOperator):
         return self._by_parts(self.map.H, y)
 
     def _by_parts(self, map: Map, x: Tensor) -> Tensor:
-        if x.is_complex() and self.real:
+        if not self.real:
+            x = x.to(x.dtype.to_complex())
+        elif x.is_complex():
             return torch.complex(map(x.real), map(x.imag))
         return map(x)

@@ -88,6 +88,8 @@ def substitute(factor: tuple[Tensor, ...], r: Tensor, positive_definite: bool, a
         return torch.complex(*(substitute(factor, part, positive_definite, adjoint) for part in (r.real, r.imag)))
     if r.dtype in (torch.float16, torch.bfloat16):
         return substitute(factor, r.to(factor[0].dtype), positive_definite, adjoint).to(r.dtype)
+    if factor[0].is_complex() and not r.is_complex():
+        r = r.to(factor[0].dtype)
     parts, n = factor[:-1], r.shape[-1]
     shared = parts[0].numel() == n * n
     if shared:  # one matrix, many right-hand sides: they are its columns

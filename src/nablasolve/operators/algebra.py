@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .base import LinearOperator, check_scalar
+from .base import LinearOperator, check_scalar, is_real
 from .claims import Claims
 from .factorisation import Factorisation
-from .spaces import AnyBatch, Tree, common, same
+from .spaces import AnyBatch, Tree, common, complexified, is_complex, same
 from .spectrum import Spectrum
 
 
@@ -177,7 +178,9 @@ class Product(Composite):
         claims = left.claims.times(right.claims)
         if any(isinstance(a, Adjoint) and a.parts[0] is b for a, b in ((left, right), (right, left))):  # A^H A, or A A^H
             claims |= Claims(positive_semidefinite=True)
-        super().__init__((left, right), right.domain, left.codomain, claims)
+        # where the left one is complex, so are the vectors that it makes of real ones
+        domain = complexified(right.domain) if is_complex(left.domain) and not is_complex(right.codomain) else right.domain
+        super().__init__((left, right), domain, left.codomain, claims)
 
     def apply(self, x: Tree) -> Tree:
         return self.parts[0].apply(self.parts[1].apply(x))
@@ -203,12 +206,18 @@ class Product(Composite):
 
 
 class Scaled(Composite):
-    """`c A` for a number or 0-d tensor `c`."""
+    """`c A`, or `A / c`, for a number or 0-d tensor `c`."""
 
-    def __init__(self, of: LinearOperator, factor: Any) -> None:
+    def __init__(self, of: LinearOperator, factor: Any, divided: bool = False) -> None:
         check_scalar("factor", factor)
-        super().__init__((of,), of.domain, of.codomain, of.claims.scaled(factor))
-        self.factor = factor
+        domain, codomain = (space if is_real(factor) else complexified(space) for space in (of.domain, of.codomain))
+        super().__init__((of,), domain, codomain, of.claims.scaled(factor))
+        self.number, self.divided = factor, divided
+
+    @property
+    def factor(self) -> Any:
+        """The multiple, `c` or `1 / c`."""
+        return 1 / self.number if self.divided else self.number
 
     def apply(self, x: Tree) -> Tree:
         return map_leaves(lambda leaf: leaf * self.factor, self.parts[0].apply(x))
@@ -217,7 +226,7 @@ class Scaled(Composite):
         return map_leaves(lambda leaf: leaf * _conj(self.factor), self.parts[0].apply_adjoint(y))
 
     def __neg__(self) -> LinearOperator:
-        return Scaled(-self.parts[0], self.factor)  # the part may know what it is negative of
+        return Scaled(-self.parts[0], self.number, self.divided)  # the part may know what it is negative of
 
     def spectrum(self) -> Spectrum | None:
         spectrum = self.parts[0].spectrum()
@@ -236,11 +245,11 @@ class Scaled(Composite):
         return None if norm is None else norm * abs(self.factor)
 
     def _label(self) -> str:
-        return f"{_number(self.factor)} *"
+        return f"1 / {_number(self.number)} *" if self.divided else f"{_number(self.number)} *"
 
     @property
     def expression(self) -> str:
-        return f"{_number(self.factor)} * {self.parts[0].expression}"
+        return f"{self._label()} {self.parts[0].expression}"
 
 
 class Gram(Composite):
@@ -266,10 +275,10 @@ class Gram(Composite):
         from .diagonal import Identity
 
         of = self.parts[0]
-        spectrum = of.spectrum()
+        spectrum = of.gram_spectrum()
         if spectrum is None and of.claims.isometric and isinstance(of.domain, AnyBatch):  # A^H A = I
             spectrum = Identity(of.domain).spectrum()
-        return None if spectrum is None else spectrum.gram(self.damp)
+        return None if spectrum is None else replace(spectrum, values=spectrum.values + self.damp**2)
 
     def factorise(self) -> Factorisation | None:
         direct, of = super().factorise(), self.parts[0]

@@ -162,6 +162,11 @@ class LinearOperator:
         """The operator as a diagonal in a known unitary basis; None where there is none."""
         return None
 
+    def gram_spectrum(self) -> Spectrum | None:
+        """The spectrum of `A^H A`, where that is diagonal in a known basis; None where it is not known to be."""
+        spectrum = self.spectrum()
+        return None if spectrum is None else spectrum.gram(0)
+
     def factorise(self) -> Factorisation | None:
         """How to solve with the operator directly; None where its structure does not allow it."""
         spectrum = self.spectrum()
@@ -338,14 +343,19 @@ class LinearOperator:
     def __mul__(self, other: Any) -> LinearOperator:
         from .algebra import Scaled
 
-        if isinstance(other, Tensor) and other.ndim:
-            raise TypeError(f"factor: expected a number or a 0-d tensor, got shape {tuple(other.shape)}")
+        if isinstance(other, Tensor):
+            return Scaled(self, _check_factor(other))
         return Scaled(self, other) if is_scalar(other) else NotImplemented
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> LinearOperator:
-        return self * (1 / other) if is_scalar(other) else NotImplemented
+        from .algebra import Scaled
+
+        if not isinstance(other, Tensor):
+            return self * (1 / other) if is_scalar(other) else NotImplemented
+        # a tensor is read where the operator is applied, so that each application has a graph of its own
+        return Scaled(self, _check_factor(other), divided=True)
 
     def __neg__(self) -> LinearOperator:
         return self * -1
@@ -521,6 +531,12 @@ def is_real(value: Any) -> bool:
 def is_scalar(value: Any) -> bool:
     """Whether the value is a number or a 0-d tensor."""
     return isinstance(value, numbers.Number) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def _check_factor(factor: Tensor) -> Tensor:
+    if factor.ndim:
+        raise TypeError(f"factor: expected a number or a 0-d tensor, got shape {tuple(factor.shape)}")
+    return factor
 
 
 def check_scalar(name: str, value: Any) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .base import LinearOperator, StructuredOperator
+from .base import StructuredOperator
 from .claims import Claims
 from .convolution import check_floating
-from .sampling import diagonal_gram
 from .spaces import any_batch
+from .spectrum import Spectrum, Standard
 
 
 class CoilSensitivities(StructuredOperator):
@@ -50,9 +48,10 @@ class CoilSensitivities(StructuredOperator):
             return self.maps.square().sum(0)
         return (self.maps.real.square() + self.maps.imag.square()).sum(0)
 
-    def gram(self, damp: Any = 0.0) -> LinearOperator:
-        """`S^H S + damp^2 I`, the `Diagonal` of `sum_c |s_c|^2 + damp^2`."""
-        return diagonal_gram(super().gram(damp), self.energy(), damp)
+    def gram_spectrum(self) -> Spectrum:
+        """`S^H S`: `sum_c |s_c|^2` at each pixel."""
+        energy = self.energy()
+        return Spectrum(Standard(), energy, energy.shape, real=True, analytic=True)
 
     def exact_norm(self) -> Tensor:
         return torch.sqrt(self.energy().amax())

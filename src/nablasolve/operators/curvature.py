@@ -36,9 +36,10 @@ class Linearised:
     Args:
         function: from tensors to a tuple of tensors.
         inputs: the point.
+        known: tensors that the inputs depend on, and that are no reason to record products.
     """
 
-    def __init__(self, function: Callable[..., Leaves], inputs: Sequence[Tensor]) -> None:
+    def __init__(self, function: Callable[..., Leaves], inputs: Sequence[Tensor], known: Sequence[Tensor] = ()) -> None:
         self.function, self.inputs = function, tuple(inputs)
         self.transformed = transforms_active()
         zeros = tuple(torch.zeros_like(t) for t in inputs)
@@ -49,16 +50,16 @@ class Linearised:
         with torch.enable_grad(), transparent():
             self.zeros = tuple(z.requires_grad_() for z in zeros)
             self.outputs = self._moved(*self.zeros)
-        self.attached = torch.is_grad_enabled() and _has_other_leaves(self.outputs, self.zeros)
+        self.attached = torch.is_grad_enabled() and _has_other_leaves(self.outputs, (*self.zeros, *known))
 
     def _moved(self, *zeros: Tensor) -> Leaves:
         return self.function(*(t + z for t, z in zip(self.inputs, zeros, strict=True)))
 
-    def recording(self, vectors: Sequence[Tensor]) -> torch.set_grad_enabled:
+    def recording(self, vectors: Sequence[Tensor], *others: Linearised) -> torch.set_grad_enabled:
         """Record the products below only if a derivative of theirs can be asked for: `zeros` alone give no reason to."""
         enabled = torch.is_grad_enabled()
         if enabled and not self.transformed:
-            enabled = self.attached or any(v.requires_grad for v in vectors)
+            enabled = any(one.attached for one in (self, *others)) or any(v.requires_grad for v in vectors)
         return torch.set_grad_enabled(enabled)
 
     def back(self, cotangents: Leaves) -> Leaves:
@@ -323,8 +324,8 @@ class GaussNewton(_Symmetric):
 
     def _product(self, v: Leaves) -> Leaves:
         f, spec = self._linearised(), pytree.tree_structure(self.outputs)
-        with f.recording(v):
-            loss = Linearised(lambda *y: (self.loss(pytree.tree_unflatten(y, spec)),), f.outputs)
+        loss = Linearised(lambda *y: (self.loss(pytree.tree_unflatten(y, spec)),), f.outputs, known=f.zeros)
+        with f.recording(v, loss):
             return f.back(loss.second(f.forward(v)))
 
 

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..vectors import real_dtype
 from . import spaces
-from .base import LinearOperator, StructuredOperator
+from .base import StructuredOperator
 from .claims import Claims
 from .factorisation import Factorisation
 from .spaces import AnyBatch, Tree, any_batch, any_batch_of, batch_shape
@@ -113,9 +113,3 @@ class Diagonal(StructuredOperator):
 
     def spectrum(self) -> Spectrum:
         return Spectrum(Standard(), self.d, self.d.shape, real=not self.d.is_complex(), analytic=True)
-
-    def inverse(self, **options: Any) -> LinearOperator:
-        """`Diagonal(1 / d)`; the options of a solve do not matter."""
-        result = Diagonal(1 / self.d)
-        result.claims = self.claims.inverse
-        return result

@@ -330,7 +330,8 @@ def factorise_line(
     """
     if len(grid) > 1 or grid[0] == 1 or boundary[0][0] == "periodic":
         return None
-    return Tridiagonal(below[..., 1:-1], cells, above[..., 1:-1]).factorise()
+    dtype = torch.promote_types(torch.promote_types(below.dtype, cells.dtype), above.dtype)
+    return Tridiagonal(below[..., 1:-1].to(dtype), cells.to(dtype), above[..., 1:-1].to(dtype)).factorise()
 
 
 def _mean(a: Tensor, b: Tensor, kind: str) -> Tensor:

@@ -14,10 +14,10 @@ from ..vectors import real_dtype
 from .base import LinearOperator, StructuredOperator
 from .claims import Claims
 from .convolution import check_sizes
-from .diagonal import Identity
 from .factorisation import Factorisation
 from .sampling import vector_dtype
 from .spaces import any_batch
+from .spectrum import Spectrum
 
 ADJOINT_NORM = {"ortho": "ortho", "backward": "forward", "forward": "backward"}
 
@@ -77,12 +77,11 @@ class DFT(StructuredOperator):
         """The `c` of `F^H F = c I`."""
         return {"ortho": 1.0, "backward": float(self.count), "forward": 1 / self.count}[self.norm]
 
-    def gram(self, damp: Any = 0.0) -> LinearOperator:
-        """`F^H F + damp^2 I`, a multiple of the identity."""
-        plain = super().gram(damp)
-        result: LinearOperator = (self._square + damp**2) * Identity(self.domain)
-        result.claims = plain.claims
-        return result
+    def gram_spectrum(self) -> Spectrum:
+        """`F^H F`, a multiple of the identity."""
+        example = self.domain.example
+        square = torch.full((), self._square, dtype=real_dtype(example.dtype), device=example.device)
+        return Spectrum(None, square, example.shape, real=False, analytic=True)
 
     def inverse(self, **options: Any) -> LinearOperator:
         """The inverse transform; the options of a solve do not matter."""

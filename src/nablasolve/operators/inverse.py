@@ -17,13 +17,17 @@ class Inverse(Composite):
 
     Args:
         A: a square operator, matrix or function.
-        options: of `solve`, such as `rtol` or `method`.
+        options: of `solve`, but `x0`, `params` and `batch_dims`; the adjoint applies those of `adjoint=` and `M^H`.
 
     Raises:
+        TypeError: for one of these three.
         ValueError: if `A` is known not to be square.
     """
 
     def __init__(self, A: Any, **options: Any) -> None:
+        for name in ("x0", "params", "batch_dims"):
+            if name in options:
+                raise TypeError(f"Inverse: the option {name!r} belongs to one right-hand side, and not to an operator")
         of = aslinearoperator(A)
         common(f"Inverse({of.expression})", ("domain of A", "codomain of A"), of.domain, of.codomain)
         super().__init__((of,), of.codomain, of.domain, of.claims.inverse)
@@ -37,7 +41,15 @@ class Inverse(Composite):
     def apply_adjoint(self, y: Tree) -> Tree:
         from ..solve import solve
 
-        return solve(self.parts[0].H, y, **self.options)
+        # what the forward solve is told of A, this one is told of A^H, and the other way round
+        options, other = dict(self.options), dict(self.options.get("adjoint") or {})
+        M, adjoint_M = options.pop("M", None), other.pop("M", None)
+        if adjoint_M is not None or M is not None:
+            options["M"] = aslinearoperator(M).H if adjoint_M is None else adjoint_M
+        own: dict[str, Any] = {name: options[name] for name in ("rtol", "maxiter", "method") if name in options}
+        if M is not None:
+            own["M"] = M
+        return solve(self.parts[0].H, y, **(options | other | {"adjoint": own}))
 
     def inverse(self, **options: Any) -> LinearOperator:
         return self.parts[0]

@@ -13,7 +13,7 @@ from .algebra import Composite
 from .base import aslinearoperator
 from .claims import Claims
 from .factorisation import Factorisation
-from .spaces import AnyBatch, Tree, any_batch
+from .spaces import AnyBatch, Tree, any_batch, zeros
 
 
 class Kronecker(Composite):
@@ -38,6 +38,10 @@ class Kronecker(Composite):
             if not isinstance(part.domain, AnyBatch) or not isinstance(part.codomain, AnyBatch):
                 needed = "a matrix or an operator whose vectors may have batch dimensions"
                 raise ValueError(f"factors[{i}]: expected {needed}, got {part.expression}")
+            with torch.no_grad():
+                image = part.apply(zeros(part.domain))
+            if image.ndim > part.codomain.example.ndim:
+                raise ValueError(f"factors[{i}]: expected an operator without batch dimensions of its own, got {part!r}")
         domain, codomain = (_joined([getattr(part, side) for part in parts]) for side in ("domain", "codomain"))
         super().__init__(parts, domain, codomain, Claims.all([part.claims for part in parts]))
 
@@ -86,7 +90,8 @@ class Kronecker(Composite):
         return _product([part.exact_norm() for part in self.parts])
 
     def exact_eigenvalue_bounds(self) -> tuple[Tensor, Tensor] | None:
-        bounds = [part.exact_eigenvalue_bounds() for part in self.parts]
+        # the eigenvalues are the products of those of the factors, which are real where the factors are Hermitian
+        bounds = [part.exact_eigenvalue_bounds() if part.hermitian else None for part in self.parts]
         if any(pair is None for pair in bounds):
             return None
         low, high = torch.ones(()), torch.ones(())

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..closure import matvec
-from .base import LinearOperator, StructuredOperator, is_scalar
+from .base import LinearOperator, StructuredOperator, is_real, is_scalar
 from .claims import Claims
 from .dense import DenseOperator
 from .factorisation import Factorisation
-from .spaces import AnyBatch, any_batch
+from .spaces import any_batch, complexified
 from .triangular import check_tensor
 
 
@@ -96,6 +96,9 @@ class LowRank(StructuredOperator):
             return NotImplemented
         result = copy.copy(self)
         result.factor, result.claims = self._multiplied(other, self.factor), self.claims.scaled(other)
+        if not is_real(other):
+            result.domain, result.codomain = complexified(self.domain), complexified(self.codomain)
+            result.codomain = result.domain if self.codomain is self.domain else result.codomain
         return result
 
     __rmul__ = __mul__
@@ -118,8 +121,7 @@ class LowRank(StructuredOperator):
         if factors is None or self.U.shape[-2] != self.V.shape[-2]:
             return None
         columns = self._multiplied(self.U, self.factor).movedim(-1, 0)
-        Z = factors.solve(columns) if _takes_batches(whole) else torch.stack([factors.solve(u) for u in columns])
-        Z = Z.movedim(0, -1)
+        Z = torch.vmap(factors.solve)(columns).movedim(0, -1)  # `whole` may have a batch of its own
         V = self.V.to(Z.dtype)
         core = DenseOperator(torch.eye(self.rank, dtype=Z.dtype, device=Z.device) + V.mH @ Z).factorise()
         assert core is not None
@@ -165,8 +167,3 @@ class LowRank(StructuredOperator):
 
 def _conj(factor: Any) -> Any:
     return factor.conj() if isinstance(factor, Tensor) else factor.conjugate()
-
-
-def _takes_batches(A: LinearOperator) -> bool:
-    """Whether vectors may come with batch dimensions in front, in every part of the operator."""
-    return isinstance(A.domain, AnyBatch) and all(_takes_batches(part) for part in A.parts)

@@ -12,11 +12,10 @@ from torch.nn import functional
 
 from ..arguments import check_choice, check_integer
 from ..vectors import real_dtype
-from .base import LinearOperator, StructuredOperator
+from .base import StructuredOperator
 from .claims import Claims
 from .convolution import check_floating, check_sizes
-from .diagonal import Diagonal
-from .spaces import AnyBatch, any_batch
+from .spaces import any_batch
 from .spectrum import Spectrum, Standard
 
 BOUNDARIES = ("circular", "zero", "reflect", "symmetric", "replicate")
@@ -165,9 +164,9 @@ class Subsample(StructuredOperator):
         picked = torch.zeros(math.prod(self.shape), dtype=torch.bool, device=self.indices.device)
         return picked.index_fill(0, self.indices.reshape(-1), True).reshape(self.shape)
 
-    def gram(self, damp: Any = 0.0) -> LinearOperator:
-        """`S^H S + damp^2 I`, a `Diagonal`: `1 + damp^2` where an entry is picked, `damp^2` elsewhere."""
-        return diagonal_gram(super().gram(damp), self.mask.to(real_dtype(self.domain.example.dtype)), damp)
+    def gram_spectrum(self) -> Spectrum:
+        """`S^H S`: 1 where an entry is picked, 0 elsewhere."""
+        return Spectrum(Standard(), self.mask.to(real_dtype(self.domain.example.dtype)), self.mask.shape, True, analytic=True)
 
     def exact_norm(self) -> Tensor:
         return torch.ones((), dtype=real_dtype(self.domain.example.dtype), device=self.indices.device)
@@ -231,9 +230,9 @@ class Mosaic(StructuredOperator):
         example = self.domain.example
         return Spectrum(Standard(), self.mask.to(real_dtype(example.dtype)), example.shape, real=True)
 
-    def gram(self, damp: Any = 0.0) -> LinearOperator:
-        """`M^H M + damp^2 I`, a `Diagonal`: `1 + damp^2` where a colour is seen, `damp^2` elsewhere."""
-        return diagonal_gram(super().gram(damp), self.mask.to(real_dtype(self.domain.example.dtype)), damp)
+    def gram_spectrum(self) -> Spectrum:
+        """`M^H M`: 1 where a colour is seen, 0 elsewhere."""
+        return Spectrum(Standard(), self.mask.to(real_dtype(self.domain.example.dtype)), self.mask.shape, True, analytic=True)
 
     def exact_norm(self) -> Tensor:
         return torch.ones((), dtype=real_dtype(self.domain.example.dtype), device=self.mask.device)
@@ -347,21 +346,6 @@ class Downsample(StructuredOperator):
 def keep(mask: Tensor, x: Tensor) -> Tensor:
     """`x` where the mask is true, and 0 elsewhere, whatever stands there."""
     return torch.where(mask, x, 0.0)
-
-
-def diagonal_gram(plain: LinearOperator, squares: Tensor, damp: Any) -> LinearOperator:
-    """`A^H A + damp^2 I` as a `Diagonal` on the space of `A`, for an `A` whose columns are orthogonal.
-
-    Args:
-        plain: the same operator without that structure, whose space and claims are taken over.
-        squares: the squared norms of the columns, real.
-        damp: a real number or 0-d tensor.
-    """
-    result = Diagonal(squares + damp**2)
-    assert isinstance(plain.domain, AnyBatch)
-    result.domain = result.codomain = plain.domain
-    result.claims = plain.claims
-    return result
 
 
 def check_each(name: str, value: Any, count: int) -> tuple[int, ...]:

@@ -90,8 +90,19 @@ def dimension(space: Tree) -> int:
 
 
 def is_complex(space: Tree) -> bool:
-    """Whether some part of the space is complex."""
-    return any(example.is_complex() for example in examples(space))
+    """Whether some part of the space is known to be complex."""
+    return space is not None and any(example.is_complex() for example in examples(space))
+
+
+def complexified(space: Tree) -> Tree:
+    """The space of complex vectors with the same shapes, where batch dimensions are free; an example stays as it was given."""
+
+    def leaf(space: Tensor | AnyBatch) -> Tensor | AnyBatch:
+        if not isinstance(space, AnyBatch) or space.example.is_complex():
+            return space
+        return any_batch(space.example.shape, space.example, space.example.dtype.to_complex())
+
+    return pytree.tree_map(leaf, space)
 
 
 def shapes(space: Tree) -> str:

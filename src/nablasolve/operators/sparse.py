@@ -93,7 +93,8 @@ class SparseOperator(StructuredOperator):
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseOperator:
         """A copy with values of its own; torch has no deep copy of a compressed layout."""
         matrix = self.matrix.clone().requires_grad_(self.source.requires_grad)
-        result = SparseOperator(matrix, hermitian=self.hermitian, positive_definite=self.positive_definite)
+        result = SparseOperator(matrix)
+        result.claims = self.claims
         memo[id(self)] = result
         return result
 

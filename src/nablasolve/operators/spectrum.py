@@ -174,8 +174,9 @@ class Spectrum:
         values = self.values
         size = values.abs()
         if not self.analytic:  # a transform has rounded them
+            dims = self.basis.dims if isinstance(self.basis, Fourier) else self._trailing  # channels are apart
             noise = torch.finfo(size.dtype).eps * math.log2(2 + math.prod(self.sizes))
-            values = torch.where(size <= noise * self.full().values.abs().amax(self._trailing, keepdim=True), 0.0, values)
+            values = torch.where(size <= noise * self.full().values.abs().amax(dims, keepdim=True), 0.0, values)
         return Factorisation(
             lambda r: self.apply(lambda c: safe_divide(c, values), r),
             lambda r: self.apply(lambda c: safe_divide(c, values.conj()), r),
