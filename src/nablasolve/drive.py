@@ -26,6 +26,8 @@ CLAIM_SLACK = 10.0
 # After so many steps, and then each time after so many times more, a method that trusts A to be Hermitian and has gained little
 # since is worth two products that test it.
 FIRST_MILESTONE, MILESTONES = 128, 4
+# The relative residual from which on a failed direct solution is a good start for another method.
+NEAR = 1e-3
 # By what factor a restarted method is to reduce the true residual at least.
 RESTART_GAIN = 0.1
 
@@ -85,8 +87,8 @@ def solve_concretely(
         fallback = problem.options.fallback
         if fallback is not None and any_true(certify.may_be_solved_otherwise(outcome.report[..., 0])):
             first, method = outcome, fallback
-            solved = first.report[..., 0] == Status.CONVERGED
-            outcome = run(problem.solved_by(fallback), b, _where(solved, first.x), given)
+            near = first.report[..., 3] <= NEAR  # else what a direct solve has left is rounding, and may have exploded
+            outcome = run(problem.solved_by(fallback), b, _where(near, first.x), given)
             outcome.report[..., [1, 4, 5]] += first.report[..., [1, 4, 5]]  # iterations and products
             outcome.history = torch.cat([first.history, outcome.history[..., 1:]], dim=-1)
         past = outcome.history.movedim(-1, 0) if problem.history else None

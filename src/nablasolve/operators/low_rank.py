@@ -13,7 +13,7 @@ from .base import LinearOperator, StructuredOperator, is_real, is_scalar
 from .claims import Claims
 from .dense import DenseOperator
 from .factorisation import Factorisation
-from .spaces import any_batch, complexified
+from .spaces import AnyBatch, any_batch, complexified
 from .triangular import check_tensor
 
 
@@ -121,7 +121,11 @@ class LowRank(StructuredOperator):
         if factors is None or self.U.shape[-2] != self.V.shape[-2]:
             return None
         columns = self._multiplied(self.U, self.factor).movedim(-1, 0)
-        Z = torch.vmap(factors.solve)(columns).movedim(0, -1)  # `whole` may have a batch of its own
+        if isinstance(whole.domain, AnyBatch):  # which may have a batch of its own, behind that of the columns
+            own = factors.solve(columns[0]).ndim - columns[0].ndim
+            Z = factors.solve(columns[(slice(None), *(None,) * own)]).movedim(0, -1)
+        else:
+            Z = torch.stack([factors.solve(u) for u in columns], dim=-1)
         V = self.V.to(Z.dtype)
         core = DenseOperator(torch.eye(self.rank, dtype=Z.dtype, device=Z.device) + V.mH @ Z).factorise()
         assert core is not None
