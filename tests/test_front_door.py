@@ -1347,3 +1347,11 @@ def test_what_is_not_finite_leaves_no_finite_record_and_no_finite_gradient(value
     y = ns.solve(lambda v: 2 * v, good, on_failure="ignore")
     (g,) = torch.autograd.grad((y * value).sum(), good)
     assert g.isnan().all()
+
+
+def test_a_sharded_vector_is_refused_rather_than_reduced_in_part():
+    class DTensor(torch.Tensor):
+        pass
+
+    with pytest.raises(TypeError, match=r"b: expected a plain Tensor, got a DTensor"):
+        ns.solve(lambda v: 2 * v, torch.ones(3).as_subclass(DTensor))

@@ -189,6 +189,8 @@ def right_hand_side(operator: LinearOperator, b: Tree, batch_dims: Any) -> tuple
         raise TypeError(f"b: expected a Tensor or a pytree of Tensors, got {wrong}{remedy}")
     first = leaves[0]
     for leaf in leaves:
+        if type(leaf).__name__ == "DTensor":  # torch 2.13 reads a scalar of one as the part that this process has
+            raise TypeError("b: expected a plain Tensor, got a DTensor; sharded vectors are not supported yet")
         if leaf.layout != torch.strided:
             raise ValueError(f"b: expected a dense tensor, got layout {leaf.layout}")
         if real_dtype(leaf.dtype) not in DEFAULT_RTOL:
