@@ -6,7 +6,8 @@ Levenberg and Marquardt's step for the loss `|f(w) - y|^2 / 2` of a model with p
 
 with the Jacobian `J` of the outputs. Here it is solved by conjugate gradients, for which `GaussNewton` multiplies by `J` and
 `J^T`. The damping μ shrinks after a step that lowers the loss; after one that does not, it grows and the step is taken back.
-Adam trains the same network from the same start for comparison.
+Adam trains the same network from the same start for comparison. The tolerance and the limit of the conjugate gradients
+and the number of steps were tuned for this problem; with other settings the two came out nearly equal.
 """
 
 from __future__ import annotations
