@@ -1,4 +1,4 @@
-"""Differential operators on grids. Their matrices are summed up entry by entry, in loops over cells and faces."""
+"""Differential operators on grids and graphs. Their matrices are summed up entry by entry, in loops over cells and faces."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from operator_cases import OperatorCase, draw
 from torch import Tensor
 
-from nablasolve.operators import ConvectionDiffusion, Diffusion, Helmholtz, Stokes
+from nablasolve.operators import ConvectionDiffusion, Diffusion, GraphLaplacian, Helmholtz, Stokes
 
 REAL = (torch.float32, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
@@ -210,6 +210,15 @@ def stokes(grid: Sequence[int], eta: Tensor, boundary: Sequence[tuple[str, str]]
     return viscous - D.mT @ pressure - pressure.mT @ D - gauge / math.prod(grid) * ones.mT @ ones
 
 
+def graph_laplacian(edges: Sequence[tuple[int, int]], weights: Tensor, nodes: int) -> Tensor:
+    entries = Entries()
+    for (i, j), w in zip(edges, weights, strict=True):
+        for row, column in ((i, j), (j, i)):
+            entries.add(row, row, w)
+            entries.add(row, column, -w)
+    return entries.matrix(nodes, weights.dtype)
+
+
 def positive(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Numbers between 1 and 2, and some phase where the dtype has one."""
     x = draw(*shape, dtype=dtype, seed=seed)
@@ -284,6 +293,17 @@ def stokes_case(
     )
 
 
+def graph_case(name: str, edges: Sequence[tuple[int, int]], nodes: int | None, count: int) -> OperatorCase:
+    return OperatorCase(
+        name,
+        parameters=lambda dtype: {"w": positive(len(edges), dtype=dtype)},
+        build=lambda w: GraphLaplacian(torch.tensor(edges, device=w.device).mT, w, nodes),
+        dense=lambda w: graph_laplacian(edges, w, count),
+        dtypes=REAL,
+        solvable=False,
+    )
+
+
 DIRICHLET, NEUMANN, PERIODIC, CLOSED = ((end, end) for end in ("dirichlet", "neumann", "periodic", "closed"))
 STICK, SLIP = ("no-slip",) * 2, ("free-slip",) * 2
 
@@ -348,4 +368,6 @@ CASES = [
         "Stokes in 3-D", (2, 3, 2), ("no-slip", "periodic", ("no-slip", "free-slip")),
         [STICK, PERIODIC, ("no-slip", "free-slip")],
     ),
+    graph_case("graph", [(0, 1), (1, 2), (2, 3), (3, 0), (1, 3), (4, 2)], None, 5),
+    graph_case("graph of four components, an edge given twice and a loop", [(4, 3), (3, 4), (0, 2), (2, 2), (2, 5)], 7, 7),
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from .diagonal import Diagonal, Identity, Zero
 from .differences import FiniteDifference, Gradient, Laplacian
 from .diffusion import ConvectionDiffusion, Diffusion
 from .fourier import DFT
+from .graph_laplacian import GraphLaplacian
 from .helmholtz import Helmholtz
 from .inverse import Inverse
 from .kernel_matrix import KernelMatrix
@@ -43,6 +44,7 @@ __all__ = [
     "FourierFilter",
     "GaussNewton",
     "Gradient",
+    "GraphLaplacian",
     "HStack",
     "Hankel",
     "Helmholtz",

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .base import LinearOperator, check_scalar, is_real
-from .claims import Claims
+from .claims import Claims, is_nonzero
 from .factorisation import Factorisation
+from .nullspace import Nullspace, conjugated
 from .spaces import AnyBatch, Tree, common, complexified, is_complex, same
 from .spectrum import Spectrum
 
@@ -39,6 +40,11 @@ class Composite(LinearOperator):
     @property
     def known_linear(self) -> bool:
         return all(part.known_linear for part in self.parts)
+
+    @property
+    def has_claimed_nullspace(self) -> bool:
+        """Whether a nullspace was claimed of the composition itself, which its parts do not know."""
+        return self.claimed_nullspace is not None or self.claimed_left_nullspace is not None
 
     def for_one_solve(self) -> LinearOperator:
         return self.with_parts(tuple(part.for_one_solve() for part in self.parts))
@@ -68,7 +74,13 @@ class Adjoint(Composite):
 
     @property
     def H(self) -> LinearOperator:
-        return self.parts[0]
+        return Adjoint(self) if self.has_claimed_nullspace else self.parts[0]
+
+    def known_nullspace(self) -> Nullspace | None:
+        return self.parts[0].left_nullspace
+
+    def known_left_nullspace(self) -> Nullspace | None:
+        return self.parts[0].nullspace
 
     def spectrum(self) -> Spectrum | None:
         spectrum = self.parts[0].spectrum()
@@ -103,7 +115,13 @@ class Conjugate(Composite):
         return map_leaves(torch.conj, self.parts[0].apply_adjoint(map_leaves(torch.conj, y)))
 
     def conj(self) -> LinearOperator:
-        return self.parts[0]
+        return Conjugate(self) if self.has_claimed_nullspace else self.parts[0]
+
+    def known_nullspace(self) -> Nullspace | None:
+        return conjugated(self.parts[0].nullspace)
+
+    def known_left_nullspace(self) -> Nullspace | None:
+        return conjugated(self.parts[0].left_nullspace)
 
     def spectrum(self) -> Spectrum | None:
         spectrum = self.parts[0].spectrum()
@@ -176,17 +194,28 @@ class Product(Composite):
         expression = f"{left.expression} @ {right.expression}"
         common(expression, ("domain of the left", "codomain of the right"), left.domain, right.codomain)
         claims = left.claims.times(right.claims)
-        if any(isinstance(a, Adjoint) and a.parts[0] is b for a, b in ((left, right), (right, left))):  # A^H A, or A A^H
-            claims |= Claims(positive_semidefinite=True)
+        self.is_gram = any(isinstance(a, Adjoint) and a.parts[0] is b for a, b in ((left, right), (right, left)))
+        if self.is_gram:  # A^H A, or A A^H
+            claims |= Claims(positive_semidefinite=True, positive_definite=right.claims.full_column_rank)
         # where the left one is complex, so are the vectors that it makes of real ones
         domain = complexified(right.domain) if is_complex(left.domain) and not is_complex(right.codomain) else right.domain
-        super().__init__((left, right), domain, left.codomain, claims)
+        # of the values of a complex operator, those that are made of real vectors are a part
+        self.into_complex = domain is not None and not is_complex(domain) and is_complex(left.domain)
+        super().__init__((left, right), domain, left.codomain, claims.within(rows=not self.into_complex, columns=True))
 
     def apply(self, x: Tree) -> Tree:
         return self.parts[0].apply(self.parts[1].apply(x))
 
     def apply_adjoint(self, y: Tree) -> Tree:
         return self.parts[1].apply_adjoint(self.parts[0].apply_adjoint(y))
+
+    def known_nullspace(self) -> Nullspace | None:
+        left, right = self.parts
+        return right.nullspace if self.is_gram or left.nullspace == () else None
+
+    def known_left_nullspace(self) -> Nullspace | None:
+        left, right = self.parts
+        return left.left_nullspace if right.left_nullspace == () and not self.into_complex else None
 
     def spectrum(self) -> Spectrum | None:
         left, right = (part.spectrum() for part in self.parts)
@@ -226,7 +255,15 @@ class Scaled(Composite):
         return map_leaves(lambda leaf: leaf * _conj(self.factor), self.parts[0].apply_adjoint(y))
 
     def __neg__(self) -> LinearOperator:
+        if self.has_claimed_nullspace:
+            return super().__neg__()
         return Scaled(-self.parts[0], self.number, self.divided)  # the part may know what it is negative of
+
+    def known_nullspace(self) -> Nullspace | None:
+        return self.parts[0].nullspace if is_nonzero(self.number) else None
+
+    def known_left_nullspace(self) -> Nullspace | None:
+        return self.parts[0].left_nullspace if is_nonzero(self.number) else None
 
     def spectrum(self) -> Spectrum | None:
         spectrum = self.parts[0].spectrum()
@@ -270,6 +307,9 @@ class Gram(Composite):
 
     def apply_adjoint(self, y: Tree) -> Tree:
         return self.apply(y)
+
+    def known_nullspace(self) -> Nullspace | None:
+        return None if self.damped else self.parts[0].nullspace
 
     def spectrum(self) -> Spectrum | None:
         from .diagonal import Identity

@@ -17,6 +17,7 @@ from ..vectors import Layout, flatten
 from . import estimates, spaces
 from .claims import Claims
 from .factorisation import Factorisation
+from .nullspace import Nullspace, check_nullspace
 from .spaces import AnyBatch, Tree, check_structure, space_of
 from .spectrum import Spectrum
 
@@ -34,17 +35,28 @@ class LinearOperator:
         positive_definite: the claim that `A` is Hermitian positive definite.
         positive_semidefinite: the claim that `A` is Hermitian and `x^H A x >= 0`.
         unitary: the claim that `A^H A = A A^H = I`.
+        full_rank: the claim that the rank is as large as the sizes allow: that `A x = 0` for `x = 0` only where `x` has no more
+            entries than `A x`, and that every `b` is an `A x` where it has no fewer. Without a domain `A` is taken for square.
+        nullspace: what is mapped to zero, all of it: a vector (tensor or pytree like `x`) or a list of linearly independent
+            vectors, of any norm; or a callable or `LinearOperator` that projects onto it orthogonally. An empty list is the
+            claim that `A x = 0` for `x = 0` only.
+        left_nullspace: the same of the adjoint, with vectors like `A x`. For a Hermitian operator one serves for both.
+
+    What is claimed is not checked, and not differentiated.
 
     Operators combine: `A @ B`, `A + B`, `A - B`, `c * A`, `A / c`, `-A`, `A.H`, `A.T`, `A.conj()`, `A.gram(damp)`,
     `A.restrict(V)`, `A.inverse()`; and apply: `A @ x`, `A(x)`.
 
     Raises:
-        TypeError: if `fn` or `adjoint` is not callable, or a claim is not a bool.
+        TypeError: if `fn` or `adjoint` is not callable, a claim is not a bool, or a nullspace is none of these.
+        ValueError: if a vector of a nullspace is not like `x`, or like `A x`; or there is one, and full rank is claimed.
     """
 
     fn: Callable[..., Any]
     adjoint_fn: Callable[..., Any] | None = None
     parts: tuple[LinearOperator, ...] = ()
+    claimed_nullspace: Nullspace | None = None
+    claimed_left_nullspace: Nullspace | None = None
 
     @names_options
     def __init__(
@@ -58,6 +70,9 @@ class LinearOperator:
         positive_definite: bool = False,
         positive_semidefinite: bool = False,
         unitary: bool = False,
+        full_rank: bool = False,
+        nullspace: Any = None,
+        left_nullspace: Any = None,
     ) -> None:
         if not callable(fn):
             raise TypeError(f"fn: expected a callable, got {type(fn).__name__}")
@@ -67,14 +82,19 @@ class LinearOperator:
         self.adjoint_fn = adjoint
         self.domain = space_of("domain", domain)
         self.codomain = space_of("codomain", codomain) if codomain is not None else self.domain
-        self.claims = Claims.named(
+        named = Claims.named(
             {
                 "hermitian": hermitian,
                 "positive_definite": positive_definite,
                 "positive_semidefinite": positive_semidefinite,
                 "unitary": unitary,
+                "full_rank": full_rank,
             }
         )
+        if full_rank and self.domain is None and self.codomain is not None:
+            raise ValueError("full_rank: where codomain= is given, it needs domain=, too: an example of x")
+        self.claims = of_sizes(named, self.domain, self.codomain)
+        _claim_nullspaces(self, nullspace, left_nullspace)
 
     # -- application ---------------------------------------------------------------------------------------------
 
@@ -119,6 +139,31 @@ class LinearOperator:
     def unitary(self) -> bool:
         """Whether the operator is known to be unitary."""
         return self.claims.unitary
+
+    @property
+    def nullspace(self) -> Nullspace | None:
+        """What is mapped to zero, all of it: a tuple of linearly independent vectors; None where it is not known.
+
+        The tuple is empty where the nullspace is known to be trivial. Its vectors have the structure of `x`, without batch
+        dimensions where these are free, and are to be read only; they may be real where `x` is complex. A callable that
+        was given as `nullspace=` is returned as it is: it projects onto the nullspace.
+        """
+        if self.claims.full_column_rank:
+            return ()
+        claimed = self.claimed_nullspace
+        if claimed is None and self.claims.hermitian:
+            claimed = self.claimed_left_nullspace
+        return self.known_nullspace() if claimed is None else claimed
+
+    @property
+    def left_nullspace(self) -> Nullspace | None:
+        """The nullspace of the adjoint, with vectors of the structure of `A x`; as `nullspace`."""
+        if self.claims.hermitian:
+            return self.nullspace
+        if self.claims.full_row_rank:
+            return ()
+        claimed = self.claimed_left_nullspace
+        return self.known_left_nullspace() if claimed is None else claimed
 
     def __call__(self, x: Tree) -> Tree:
         """`A x` for a tensor or a pytree of tensors."""
@@ -166,6 +211,14 @@ class LinearOperator:
         """The spectrum of `A^H A`, where that is diagonal in a known basis; None where it is not known to be."""
         spectrum = self.spectrum()
         return None if spectrum is None else spectrum.gram(0)
+
+    def known_nullspace(self) -> Nullspace | None:
+        """The nullspace that the structure gives; None where it does not."""
+        return None
+
+    def known_left_nullspace(self) -> Nullspace | None:
+        """The nullspace of the adjoint that the structure gives, of an operator that is not Hermitian; None elsewhere."""
+        return None
 
     def factorise(self) -> Factorisation | None:
         """How to solve with the operator directly; None where its structure does not allow it."""
@@ -283,7 +336,8 @@ class LinearOperator:
     def gram(self, damp: Any = 0.0) -> LinearOperator:
         """`A^H A + damp^2 I`, the operator of the normal equations of `min |A x - b|^2 + damp^2 |x|^2`.
 
-        Hermitian positive semidefinite; claimed definite where `damp` is a number whose square is positive.
+        Hermitian positive semidefinite; claimed definite where `damp` is a number whose square is positive, or `A` is known to
+        have full column rank.
 
         Args:
             damp: a real number or 0-d tensor.
@@ -443,7 +497,7 @@ class StructuredOperator(LinearOperator):
     def __init__(self, domain: Tree, codomain: Tree = None, claims: Claims | None = None) -> None:
         self.domain = domain
         self.codomain = domain if codomain is None else codomain
-        self.claims = Claims() if claims is None else claims
+        self.claims = Claims() if claims is None else of_sizes(claims, self.domain, self.codomain)
 
     def apply(self, x: Tree) -> Tree:
         raise NotImplementedError
@@ -474,12 +528,12 @@ def aslinearoperator(A: Any, **claims: Any) -> LinearOperator:
     Args:
         A: a `LinearOperator`, a dense Tensor of shape `(..., m, n)`, a sparse Tensor of shape `(m, n)` in any layout, an
             `nn.Module` or another callable.
-        claims: `hermitian=`, `positive_definite=`, `positive_semidefinite=`, `unitary=`; for a callable every option of
-            `LinearOperator`.
+        claims: `hermitian=`, `positive_definite=`, `positive_semidefinite=`, `unitary=`, `full_rank=`, `nullspace=` and
+            `left_nullspace=`, as for `LinearOperator`; for a callable every option of it. A `LinearOperator` is copied.
 
     Raises:
-        TypeError: if `A` is none of these.
-        ValueError: if a tensor has a shape or dtype that is no matrix's.
+        TypeError: if `A` is none of these, or a claim has the wrong type.
+        ValueError: if a tensor has a shape or dtype that is no matrix's, or a vector of a nullspace another shape.
     """
     from .dense import DenseOperator
     from .sparse import SparseOperator
@@ -487,12 +541,16 @@ def aslinearoperator(A: Any, **claims: Any) -> LinearOperator:
     if isinstance(A, LinearOperator):
         if not claims:
             return A
+        nullspaces = claims.pop("nullspace", None), claims.pop("left_nullspace", None)
         claimed = copy.copy(A)
-        claimed.claims = A.claims | Claims.named(claims)
+        claimed.claims = A.claims | of_sizes(Claims.named(claims), A.domain, A.codomain)
+        _claim_nullspaces(claimed, *nullspaces)
         return claimed
     if isinstance(A, Tensor):
-        kind = DenseOperator if A.layout == torch.strided else SparseOperator
-        return kind(A, **claims)
+        nullspaces = claims.pop("nullspace", None), claims.pop("left_nullspace", None)
+        operator = (DenseOperator if A.layout == torch.strided else SparseOperator)(A, **claims)
+        _claim_nullspaces(operator, *nullspaces)
+        return operator
     neighbour = type(A).__module__.split(".")[0]
     if neighbour in _NEIGHBOURS:
         raise TypeError(f"A: {type(A).__name__} is of another library; convert it: {_NEIGHBOURS[neighbour]}(A)")
@@ -509,6 +567,40 @@ def aslinearoperator(A: Any, **claims: Any) -> LinearOperator:
 
 def _answer(result: tuple[Any, str], return_how: bool) -> Any:
     return result if return_how else result[0]
+
+
+def of_sizes(claims: Claims, domain: Tree, codomain: Tree) -> Claims:
+    """The claims without a full rank that the sizes of the spaces exclude; `full_rank=True` alone claims that of both sides."""
+    if domain is codomain or domain is None or codomain is None:
+        return claims
+    m, n = spaces.dimension(codomain), spaces.dimension(domain)
+    if spaces.has_free_batch(domain) != spaces.has_free_batch(codomain):  # their sizes cannot be compared
+        return claims.within(rows=False, columns=False)
+    # real vectors do not reach all complex ones
+    real, into_real = not spaces.is_complex(domain), not spaces.is_complex(codomain)
+    return claims.within(rows=m <= n and (into_real or not real), columns=n <= m and (real or not into_real))
+
+
+def _claim_nullspaces(operator: LinearOperator, nullspace: Any, left_nullspace: Any) -> None:
+    """Set what is claimed of the nullspaces of an operator that is being made, whose spaces and claims are known.
+
+    Raises:
+        TypeError: if one is neither a vector, nor a list of vectors, nor a callable.
+        ValueError: if a vector is not one of the space, or full rank is claimed, and there is one all the same.
+    """
+    if nullspace is not None:
+        operator.claimed_nullspace = check_nullspace("nullspace", nullspace, operator.domain)
+    if left_nullspace is not None:
+        operator.claimed_left_nullspace = check_nullspace("left_nullspace", left_nullspace, operator.codomain)
+    right, left = operator.claimed_nullspace, operator.claimed_left_nullspace
+    operator.claims |= Claims(full_column_rank=right == (), full_row_rank=left == ())
+    claims = operator.claims
+    for name, known, full in (
+        ("nullspace", right, claims.full_column_rank),
+        ("left_nullspace", left, claims.full_row_rank),
+    ):
+        if full and isinstance(known, tuple) and known:
+            raise ValueError(f"{name}: expected no vectors for an operator that is {claims}, got {len(known)}")
 
 
 def derived_adjoint(apply: Callable[[Tree], Tree], y: Tree, domain: Tree, codomain: Tree) -> Tree:

@@ -15,7 +15,7 @@ from .algebra import Adjoint, Composite, add, map_leaves
 from .base import LinearOperator, aslinearoperator
 from .claims import Claims
 from .factorisation import Factorisation
-from .spaces import Tree, common
+from .spaces import Tree, common, is_complex
 
 
 class Block(Composite):
@@ -138,7 +138,7 @@ class BlockDiagonal(Composite):
 
 
 class VStack(Composite):
-    """`x -> (A_1 x, A_2 x, ...)`.
+    """`x -> (A_1 x, A_2 x, ...)`; of full column rank where one of them is.
 
     Args:
         blocks: operators or matrices with one domain.
@@ -153,7 +153,8 @@ class VStack(Composite):
         domain = parts[0].domain
         for part in parts[1:]:
             domain = common(self.expression, ("domain of earlier blocks", f"domain of {part.expression}"), domain, part.domain)
-        super().__init__(parts, domain, tuple(part.codomain for part in parts), Claims())
+        claims = Claims(full_column_rank=any(part.claims.full_column_rank for part in parts))
+        super().__init__(parts, domain, tuple(part.codomain for part in parts), claims)
 
     def apply(self, x: Tree) -> Tree:
         return tuple(part.apply(x) for part in self.parts)
@@ -164,7 +165,12 @@ class VStack(Composite):
     def gram(self, damp: Any = 0.0) -> LinearOperator:
         """`sum_i A_i^H A_i + damp^2 I`, whose terms keep their structure."""
         *rest, last = self.parts
-        return sum((part.gram() for part in rest), start=last.gram(damp)) if rest else last.gram(damp)
+        gram = sum((part.gram() for part in rest), start=last.gram(damp)) if rest else last.gram(damp)
+        # what was claimed of the stack, its blocks do not know
+        if self.claims.full_column_rank and not gram.positive_definite:
+            return aslinearoperator(gram, positive_definite=True)
+        undamped = not isinstance(damp, Tensor) and damp == 0
+        return aslinearoperator(gram, nullspace=self.claimed_nullspace) if undamped and self.claimed_nullspace else gram
 
     @property
     def expression(self) -> str:
@@ -172,7 +178,7 @@ class VStack(Composite):
 
 
 class HStack(Composite):
-    """`(x_1, x_2, ...) -> A_1 x_1 + A_2 x_2 + ...`.
+    """`(x_1, x_2, ...) -> A_1 x_1 + A_2 x_2 + ...`; of full row rank where one of them is.
 
     Args:
         blocks: operators or matrices with one codomain.
@@ -188,7 +194,9 @@ class HStack(Composite):
         for part in parts[1:]:
             names = ("codomain of earlier blocks", f"codomain of {part.expression}")
             codomain = common(self.expression, names, codomain, part.codomain)
-        super().__init__(parts, tuple(part.domain for part in parts), codomain, Claims())
+        # a real block does not reach all of a complex codomain
+        onto = (part.claims.full_row_rank and is_complex(part.domain) == is_complex(codomain) for part in parts)
+        super().__init__(parts, tuple(part.domain for part in parts), codomain, Claims(full_row_rank=any(onto)))
 
     def apply(self, x: Tree) -> Tree:
         return _sum(part.apply(leaf) for part, leaf in zip(self.parts, x, strict=True))

@@ -109,7 +109,7 @@ class _Derivative(StructuredOperator):
             raise TypeError("damping: expected a real number or 0-d tensor, got a complex one")
         super().__init__(any_batch_of("x", x), codomain, claims)
         self.f, self.x, self.damping = f, x, damping
-        self.claims = shifted(claims, damping)
+        self.claims = shifted(self.claims, damping)
 
     def _linearised(self) -> Linearised:
         leaves, spec = pytree.tree_flatten(self.x)
@@ -467,6 +467,8 @@ def shifted(claims: Claims, shift: Any) -> Claims:
         positive_definite=claims.positive_definite or (semidefinite and bool(shift > 0)),
         isometric=claims.isometric,
         coisometric=claims.coisometric,
+        full_column_rank=claims.full_column_rank,
+        full_row_rank=claims.full_row_rank,
     )
 
 

@@ -12,6 +12,7 @@ from ..methods import direct
 from .base import LinearOperator, StructuredOperator
 from .claims import Claims
 from .factorisation import Factorisation
+from .nullspace import Nullspace, conjugated
 from .spaces import any_batch
 
 
@@ -21,7 +22,7 @@ class DenseOperator(StructuredOperator):
     Args:
         matrix: a floating-point or complex Tensor of shape `(*batch, m, n)`. It acts on vectors of shape `(*batch, n)`;
             batch dimensions broadcast, and a real matrix acts on complex vectors.
-        hermitian, positive_definite: claims.
+        hermitian, positive_definite, full_rank: claims.
 
     Raises:
         ValueError: if the tensor has fewer than two dimensions, or an integer dtype.
@@ -45,14 +46,17 @@ class DenseOperator(StructuredOperator):
 
     @property
     def H(self) -> LinearOperator:
-        return self if self.hermitian else self._with(self.matrix.mH, self.claims.H)
+        if self.hermitian:
+            return self
+        return self._with(self.matrix.mH, self.claims.H, self.claimed_left_nullspace, self.claimed_nullspace)
 
     def conj(self) -> LinearOperator:
-        return self._with(self.matrix.conj(), self.claims)
+        nullspaces = conjugated(self.claimed_nullspace), conjugated(self.claimed_left_nullspace)
+        return self._with(self.matrix.conj(), self.claims, *nullspaces)
 
-    def _with(self, matrix: Tensor, claims: Claims) -> DenseOperator:
+    def _with(self, matrix: Tensor, claims: Claims, nullspace: Nullspace | None, left: Nullspace | None) -> DenseOperator:
         result = DenseOperator(matrix)
-        result.claims = claims
+        result.claims, result.claimed_nullspace, result.claimed_left_nullspace = claims, nullspace, left
         return result
 
     def factorise(self) -> Factorisation | None:

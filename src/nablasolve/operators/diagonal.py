@@ -13,6 +13,7 @@ from . import spaces
 from .base import StructuredOperator
 from .claims import Claims
 from .factorisation import Factorisation
+from .nullspace import Nullspace
 from .spaces import AnyBatch, Tree, any_batch, any_batch_of, batch_shape
 from .spectrum import Spectrum, Standard
 
@@ -45,7 +46,7 @@ class Identity(StructuredOperator):
 
 
 class Zero(StructuredOperator):
-    """`x -> 0`.
+    """`x -> 0`; its nullspace is everything, given by the `Identity` as the projection.
 
     Args:
         like: an example of `x` (a tensor or pytree; only its structure is read).
@@ -62,6 +63,12 @@ class Zero(StructuredOperator):
 
     def apply_adjoint(self, y: Tree) -> Tree:
         return self._zero(y, self.codomain, self.domain)
+
+    def known_nullspace(self) -> Nullspace:
+        return Identity(self.domain)
+
+    def known_left_nullspace(self) -> Nullspace:
+        return Identity(self.codomain)
 
     @staticmethod
     def _zero(x: Tree, source: Tree, target: Tree) -> Tree:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import numbers
 from abc import abstractmethod
@@ -18,6 +19,7 @@ from ..vectors import real_dtype
 from .base import LinearOperator, StructuredOperator, is_real, is_scalar
 from .claims import Claims
 from .convolution import check_sizes, pad_along
+from .nullspace import Nullspace
 from .spaces import any_batch
 from .spectrum import Basis, Fourier, Spectrum
 
@@ -170,6 +172,23 @@ class _Difference(StructuredOperator):
     def conj(self) -> LinearOperator:
         return self  # the coefficients are real
 
+    @property
+    def _one(self) -> Tensor:
+        """The constant vector along a dimension, as a single entry."""
+        return torch.ones(1, dtype=self.example.dtype, device=self.example.device)
+
+    def _products(self, lines: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        """The products of one vector along each dimension, in each of the channels."""
+        count = math.prod(self.channels)
+        channels = torch.eye(count, dtype=self.example.dtype, device=self.example.device)
+        found = []
+        for channel, *factors in itertools.product(channels, *lines):
+            product = channel.reshape(*self.channels, *(1,) * len(self.shape))
+            for dim, factor in zip(self.dims, factors, strict=True):
+                product = product * _along(factor, dim)
+            found.append(product.expand(*self.channels, *self.shape))
+        return tuple(found)
+
     def _frequencies(self, dim: int) -> Tensor:
         """`0, 1, ..., N - 1`, along a dimension of the grid."""
         n = self.shape[dim]
@@ -192,6 +211,34 @@ class _FirstDifference(_Difference):
 
     kind: str
     along: tuple[int, ...]
+
+    def _set_kind(self, kind: str, along: tuple[int, ...]) -> None:
+        """Set what differences there are, and the rank that follows."""
+        self.kind, self.along = check_choice("kind", kind, KINDS), along
+        trivial = any(self._sees_all(dim) for dim in along)
+        self.claims = Claims(full_column_rank=trivial, full_row_rank=trivial and self.codomain is self.domain)
+
+    def _sees_all(self, dim: int) -> bool:
+        """Whether no vector along a dimension but zero has vanishing differences."""
+        return self.boundary == "zero" and (self.kind != "central" or self.shape[dim] % 2 == 0)
+
+    def _line_nullspace(self, dim: int) -> list[Tensor]:
+        """The vectors along a dimension whose differences vanish."""
+        if self._sees_all(dim):
+            return []
+        n = self.shape[dim]
+        every_other = (torch.arange(n, device=self.example.device) % 2 == 0).to(self.example.dtype)
+        if self.boundary == "zero":
+            return [every_other]
+        # around an even period, central differences do not see the highest frequency
+        unseen = self.kind == "central" and self.boundary == "circular" and n % 2 == 0
+        return [self._one, 2 * every_other - 1] if unseen else [self._one]
+
+    def known_nullspace(self) -> Nullspace | None:
+        """The constants of each channel, and what else central differences do not see, for differences along all dimensions."""
+        if any(n > 1 for dim, n in zip(self.dims, self.shape, strict=True) if dim not in self.along):
+            return None  # any function of the other dimensions
+        return self._products([self._line_nullspace(dim) if dim in self.along else [self._one] for dim in self.dims])
 
     def _differences(self, x: Tensor, dim: int) -> Tensor:
         h = self.spacing[dim]
@@ -242,6 +289,10 @@ class _FirstDifference(_Difference):
 class FiniteDifference(_FirstDifference):
     """First differences along one dimension of a grid: `(x[n + 1] - x[n]) / spacing`, of the size of `x`.
 
+    On a grid without other dimensions the nullspace is known. At a circular or Neumann boundary it is the constants of each
+    channel; and, of central differences around a period of even size, the vectors that alternate, too. At a zero boundary it is
+    trivial, but for central differences of an odd number of entries, which do not see every other of them.
+
     Args:
         shape: the sizes of the grid, an integer or a sequence of them.
         dim: along which of its dimensions.
@@ -276,14 +327,16 @@ class FiniteDifference(_FirstDifference):
         d, index = len(self.shape), check_integer("dim", dim)
         if not -d <= index < d:
             raise ValueError(f"dim: expected {-d} to {d - 1} for a grid of shape {self.shape}, got {index}")
-        self.along = (index if index < 0 else index - d,)
-        self.kind = check_choice("kind", kind, KINDS)
+        self._set_kind(kind, (index if index < 0 else index - d,))
 
     def apply(self, x: Tensor) -> Tensor:
         return self._differences(x, self.along[0])
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
         return self._differences_adjoint(y, self.along[0])
+
+    def known_left_nullspace(self) -> Nullspace | None:
+        return self.known_nullspace() if self.boundary == "circular" else None  # a circulant matrix is normal
 
     def spectrum(self) -> Spectrum | None:
         if self.boundary != "circular":
@@ -315,6 +368,10 @@ class FiniteDifference(_FirstDifference):
 class Gradient(_FirstDifference):
     """`∇`, the first differences along every dimension of a grid: `(..., *shape) -> (..., d, *shape)`.
 
+    The nullspace is known. At a circular or Neumann boundary it is the constants of each channel; and checkerboards, too, where
+    central differences go around a period of even size. At a zero boundary it is trivial, unless the differences are central
+    and all sizes odd.
+
     Args:
         shape: the sizes of the grid, an integer or a sequence of them.
         boundary: what lies beyond the edges: `"circular"`, the other end; `"zero"`; or `"neumann"`, the edge itself once more,
@@ -345,8 +402,7 @@ class Gradient(_FirstDifference):
         device: Any = None,
     ) -> None:
         super().__init__(shape, boundary, spacing, channels, like, dtype, device, stacked=True)
-        self.along = self.dims
-        self.kind = check_choice("kind", kind, KINDS)
+        self._set_kind(kind, self.dims)
 
     def apply(self, x: Tensor) -> Tensor:
         return torch.stack([self._differences(x, dim) for dim in self.dims], dim=-len(self.dims) - 1)
@@ -362,7 +418,8 @@ class Laplacian(_Difference):
     """`Δ`, the sum of the second differences `(x[n + 1] - 2 x[n] + x[n - 1]) / spacing^2` along every dimension of a grid.
 
     It is the Laplacian of mathematics, negative semidefinite: `-Laplacian(...)` is the positive one, and is known to be
-    (positive definite at a zero boundary). Systems are solved directly, in the Fourier, sine or cosine basis.
+    (positive definite at a zero boundary). Systems are solved directly, in the Fourier, sine or cosine basis. The
+    nullspace is known: the constants of each channel, and at a zero boundary nothing.
 
     Args:
         shape: the sizes of the grid, an integer or a sequence of them.
@@ -394,6 +451,9 @@ class Laplacian(_Difference):
     ) -> None:
         super().__init__(shape, boundary, spacing, channels, like, dtype, device, claims=Claims(hermitian=True))
         self.sign = 1
+
+    def known_nullspace(self) -> Nullspace:
+        return () if self.boundary == "zero" else self._products([[self._one]] * len(self.shape))
 
     def apply(self, x: Tensor) -> Tensor:
         total: Any = 0.0

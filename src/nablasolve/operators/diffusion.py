@@ -23,6 +23,7 @@ from .banded import Tridiagonal
 from .base import StructuredOperator
 from .claims import Claims
 from .factorisation import Factorisation, safe_divide
+from .nullspace import Nullspace, constants
 from .spaces import any_batch
 
 MEANS = ("harmonic", "arithmetic")
@@ -39,8 +40,9 @@ class Diffusion(StructuredOperator):
 
     Real coefficients make a real symmetric operator, which is claimed. Whether it is definite depends on their signs,
     which are data: say `positive_definite=True` for a positive conductivity with some Dirichlet boundary, or with a
-    positive reaction; `positive_semidefinite=True` for Neumann and periodic boundaries alone, whose null space is the
-    constants.
+    positive reaction; `positive_semidefinite=True` for Neumann and periodic boundaries alone. There, and without a
+    reaction, the constants are taken for the nullspace, on both sides. That is so where the real parts of all conductivities
+    have one sign, and the cells that conduct are connected; where they are not, say `nullspace=` (`aslinearoperator`).
 
     Args:
         conductivity: `k`, a floating-point or complex tensor of shape `(*batch, *grid)`, in any unit.
@@ -118,6 +120,13 @@ class Diffusion(StructuredOperator):
             terms.append(lower(face, dim) + upper(face, dim))
         return sum(terms[1:], terms[0])
 
+    def known_nullspace(self) -> Nullspace | None:
+        closed = all(end != "dirichlet" for ends in self.boundary for end in ends)
+        return constants(self.domain) if closed and self.reaction is None else None
+
+    def known_left_nullspace(self) -> Nullspace | None:
+        return self.known_nullspace()  # the matrix is symmetric, and the constants are real
+
     def factorise(self) -> Factorisation | None:
         face = self._faces()[-1]
         return factorise_line(-face, self.exact_diagonal(), -face, self.grid, self.boundary)
@@ -138,6 +147,10 @@ class ConvectionDiffusion(StructuredOperator):
     holds (upwind differences carry the cell's value out, and nothing in), and the cell's value where Neumann's does, so
     that the flow carries it through the boundary. `"closed"` lets nothing through, neither by diffusion nor by
     convection: the sum over the grid is then conserved, as it is with `"periodic"`.
+
+    Where the sum is conserved, and there is no reaction, the constants are taken for the nullspace of the adjoint. They are all
+    of it for positive conductivities with upwind differences; and with central ones as well, but for exceptional velocities
+    of cell Péclet numbers of 2 and more.
 
     The operator is not symmetric, and nothing is claimed. Its derivative with respect to `v` is exact wherever no
     velocity of a face is zero; there the upwind difference has a kink, and gets the mean of its two derivatives.
@@ -259,6 +272,10 @@ class ConvectionDiffusion(StructuredOperator):
         for d, (below, above) in enumerate(self._fluxes()):
             terms.append(upper(below, d - len(self.grid)) - lower(above, d - len(self.grid)))
         return sum(terms[1:], terms[0])
+
+    def known_left_nullspace(self) -> Nullspace | None:
+        conserved = all(end in ("closed", "periodic") for ends in self.boundary for end in ends)
+        return constants(self.domain) if conserved and self.reaction is None else None
 
     def factorise(self) -> Factorisation | None:
         below, above = self._fluxes()[-1]

@@ -6,6 +6,7 @@ from typing import Any
 
 from .algebra import Composite
 from .base import LinearOperator, aslinearoperator
+from .claims import Claims
 from .factorisation import Factorisation
 from .spaces import Tree, common
 
@@ -30,7 +31,9 @@ class Inverse(Composite):
                 raise TypeError(f"Inverse: the option {name!r} belongs to one right-hand side, and not to an operator")
         of = aslinearoperator(A)
         common(f"Inverse({of.expression})", ("domain of A", "codomain of A"), of.domain, of.codomain)
-        super().__init__((of,), of.codomain, of.domain, of.claims.inverse)
+        singular = of.nullspace != () and of.nullspace is not None
+        claims = Claims(of.hermitian, positive_semidefinite=of.claims.positive_semidefinite) if singular else of.claims.inverse
+        super().__init__((of,), of.codomain, of.domain, claims)
         self.options = options
 
     def apply(self, x: Tree) -> Tree:

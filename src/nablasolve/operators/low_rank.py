@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..closure import matvec
 from .base import LinearOperator, StructuredOperator, is_real, is_scalar
-from .claims import Claims
+from .claims import Claims, is_nonzero
 from .dense import DenseOperator
 from .factorisation import Factorisation
+from .nullspace import conjugated
 from .spaces import AnyBatch, any_batch, complexified
 from .triangular import check_tensor
 
@@ -85,17 +86,26 @@ class LowRank(StructuredOperator):
 
     @property
     def H(self) -> LinearOperator:
-        return self if self.hermitian else self._with(self.V, self.U, _conj(self.factor), self.claims.H)
+        if self.hermitian:
+            return self
+        result = self._with(self.V, self.U, _conj(self.factor), self.claims.H)
+        result.claimed_nullspace, result.claimed_left_nullspace = self.claimed_left_nullspace, self.claimed_nullspace
+        return result
 
     def conj(self) -> LinearOperator:
         U = self.U.conj()
-        return self._with(U, U if self.V is self.U else self.V.conj(), _conj(self.factor), self.claims)
+        result = self._with(U, U if self.V is self.U else self.V.conj(), _conj(self.factor), self.claims)
+        result.claimed_nullspace = conjugated(self.claimed_nullspace)
+        result.claimed_left_nullspace = conjugated(self.claimed_left_nullspace)
+        return result
 
     def __mul__(self, other: Any) -> LinearOperator:
         if not is_scalar(other):
             return NotImplemented
         result = copy.copy(self)
         result.factor, result.claims = self._multiplied(other, self.factor), self.claims.scaled(other)
+        if not is_nonzero(other):
+            result.claimed_nullspace = result.claimed_left_nullspace = None
         if not is_real(other):
             result.domain, result.codomain = complexified(self.domain), complexified(self.codomain)
             result.codomain = result.domain if self.codomain is self.domain else result.codomain

@@ -94,6 +94,11 @@ def is_complex(space: Tree) -> bool:
     return space is not None and any(example.is_complex() for example in examples(space))
 
 
+def has_free_batch(space: Tree) -> bool:
+    """Whether vectors of some part of the space may come with any batch dimensions."""
+    return any(isinstance(leaf, AnyBatch) for leaf in pytree.tree_leaves(space))
+
+
 def complexified(space: Tree) -> Tree:
     """The space of complex vectors with the same shapes, where batch dimensions are free; an example stays as it was given."""
 

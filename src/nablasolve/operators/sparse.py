@@ -28,7 +28,7 @@ class SparseOperator(StructuredOperator):
 
     Args:
         matrix: a floating-point or complex sparse Tensor of shape `(m, n)`. It acts on vectors of shape `(*batch, n)`.
-        hermitian, positive_definite: claims.
+        hermitian, positive_definite, full_rank: claims.
 
     Raises:
         ValueError: for a batch of matrices, a hybrid tensor, or an integer dtype.
@@ -95,6 +95,8 @@ class SparseOperator(StructuredOperator):
         matrix = self.matrix.clone().requires_grad_(self.source.requires_grad)
         result = SparseOperator(matrix)
         result.claims = self.claims
+        result.claimed_nullspace = copy.deepcopy(self.claimed_nullspace, memo)
+        result.claimed_left_nullspace = copy.deepcopy(self.claimed_left_nullspace, memo)
         memo[id(self)] = result
         return result
 

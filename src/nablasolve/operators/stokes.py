@@ -24,6 +24,7 @@ from .diffusion import (
     with_neighbours,
     with_zeros,
 )
+from .nullspace import Nullspace
 from .spaces import any_batch
 
 
@@ -42,7 +43,7 @@ class Stokes(StructuredOperator):
     so `gauge` (any positive number) is no approximation. With `gauge=0` the operator is singular with the constants of
     `p` as its null space; MINRES then solves consistent systems. Where no wall holds a velocity component (all dimensions
     periodic, or slipping along a periodic one), constants of that component are a null space, too, which `gauge`
-    does not remove.
+    does not remove. `nullspace` lists them all, as it is for a positive viscosity (or one of positive real part).
 
     Args:
         shape: the number of cells in each of two or three dimensions, each at least 2.
@@ -125,6 +126,24 @@ class Stokes(StructuredOperator):
         if self.gauge:
             last = last - self.gauge * p.mean(tuple(range(-len(self.grid), 0)), keepdim=True)
         return (*forces, last)
+
+    def known_nullspace(self) -> Nullspace:
+        # without strain each component is constant: zero where a wall stops or holds it; and then the pressure is constant
+        held = any("no-slip" in ends for ends in self.boundary)
+        free = [] if held else [d for d in range(len(self.grid)) if self._periodic(d)]
+        if not self.gauge:
+            free.append(len(self.grid))
+        like = self.viscosity
+        return tuple(
+            tuple(
+                torch.full((), float(i == part), dtype=like.dtype, device=like.device).expand(space.example.shape)
+                for i, space in enumerate(self.domain)
+            )
+            for part in free
+        )
+
+    def known_left_nullspace(self) -> Nullspace:
+        return self.known_nullspace()  # the matrix is symmetric, and the vectors are real
 
     def exact_diagonal(self) -> tuple[Tensor, ...]:
         ndim = len(self.grid)
