@@ -311,8 +311,12 @@ def test_numbers_of_other_libraries_are_numbers():
 
 SOLVE = {
     "A": inspect.Parameter.empty, "b": inspect.Parameter.empty, "method": None, "M": None, "x0": None, "rtol": None,
-    "atol": 0.0, "maxiter": None, "batch_dims": 0, "params": (), "grad": "implicit", "adjoint": None, "on_failure": "raise",
-    "callback": None, "progress": False, "history": False,
+    "atol": 0.0, "maxiter": None, "batch_dims": 0, "params": (), "nullspace": None, "left_nullspace": None, "gauge": None,
+    "grad": "implicit", "adjoint": None, "on_failure": "raise", "callback": None, "progress": False, "history": False,
+}  # fmt: skip
+LSTSQ = {
+    "A": inspect.Parameter.empty, "b": inspect.Parameter.empty, "damp": 0.0, "weight": None, "x_ref": None, "domain": None,
+    **{name: default for name, default in SOLVE.items() if name not in ("A", "b", "nullspace", "left_nullspace", "gauge")},
 }  # fmt: skip
 SCIPY = {
     "A": inspect.Parameter.empty, "b": inspect.Parameter.empty, "x0": None, "rtol": 1e-5, "atol": 0.0, "maxiter": None,
@@ -325,6 +329,11 @@ SCIPY = {
     (
         (ns.solve, SOLVE, ["A", "b"]),
         (ns.solve_ex, {**SOLVE, "on_failure": "warn"}, ["A", "b"]),
+        (ns.lstsq, LSTSQ, ["A", "b"]),
+        (ns.lstsq_ex, {**LSTSQ, "on_failure": "warn"}, ["A", "b"]),
+        (ns.lsmr, {**SCIPY, "damp": 0.0, "domain": None}, ["A", "b", "x0"]),
+        (ns.lsqr, {**SCIPY, "damp": 0.0, "domain": None}, ["A", "b", "x0"]),
+        (ns.cgls, {**SCIPY, "damp": 0.0, "domain": None}, ["A", "b", "x0"]),
         (ns.cg, SCIPY, ["A", "b", "x0"]),
         (ns.minres, SCIPY, ["A", "b", "x0"]),
         (ns.gmres, {**SCIPY, "restart": 20}, ["A", "b", "x0"]),

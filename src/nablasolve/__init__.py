@@ -2,7 +2,7 @@
 
 from .check import CheckError, CheckItem, CheckReport, check_gradient, check_operator
 from .info import ConvergenceError, ConvergenceWarning, SolveInfo, Status
-from .methods import CG, GMRES, MINRES, BiCGStab, Direct
+from .methods import CG, CGLS, CRAIG, GMRES, LSMR, LSQR, MINRES, MINRESQLP, QR, SVD, BiCGStab, Direct
 from .module import LinearSolve
 from .operators import (
     DFT,
@@ -48,15 +48,22 @@ from .operators import (
     Zero,
     aslinearoperator,
 )
-from .solve import bicgstab, cg, gmres, minres, solve, solve_ex
+from .solve import bicgstab, cg, cgls, gmres, lsmr, lsqr, lstsq, lstsq_ex, minres, solve, solve_ex
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CG",
+    "CGLS",
+    "CRAIG",
     "DFT",
     "GMRES",
+    "LSMR",
+    "LSQR",
     "MINRES",
+    "MINRESQLP",
+    "QR",
+    "SVD",
     "Banded",
     "BiCGStab",
     "Block",
@@ -110,9 +117,14 @@ __all__ = [
     "aslinearoperator",
     "bicgstab",
     "cg",
+    "cgls",
     "check_gradient",
     "check_operator",
     "gmres",
+    "lsmr",
+    "lsqr",
+    "lstsq",
+    "lstsq_ex",
     "minres",
     "solve",
     "solve_ex",

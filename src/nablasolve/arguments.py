@@ -109,21 +109,22 @@ def check_integer(name: str, value: object) -> int:
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
 
 
-def check_result(name: str, v: Tensor, y: Any) -> None:
-    """Raise if `y`, which the user's function `name` returned for the vector `v`, is not a vector like it.
+def check_result(name: str, v: Tensor, y: Any, like: Tensor | None = None) -> None:
+    """Raise if `y`, which the user's function `name` returned for the vector `v`, is not a vector like it, or like `like`.
 
     Raises:
         TypeError: if it is not a tensor.
         ValueError: if its shape, dtype or device differ.
     """
+    due, of = (v, "v") if like is None or like.shape == v.shape else (like, "b")
     if not isinstance(y, Tensor):
-        raise TypeError(f"{name}: expected {name}(v) to be a Tensor like v, got {type(y).__name__}")
-    if y.shape != v.shape:
-        raise ValueError(f"{name}: expected {name}(v) to have the shape {tuple(v.shape)} of v, got {tuple(y.shape)}")
-    if y.dtype != v.dtype:
+        raise TypeError(f"{name}: expected {name}(v) to be a Tensor like {of}, got {type(y).__name__}")
+    if y.shape != due.shape:
+        raise ValueError(f"{name}: expected {name}(v) to have the shape {tuple(due.shape)} of {of}, got {tuple(y.shape)}")
+    if y.dtype != due.dtype:
         remedy = ""
-        if y.is_complex() and not v.is_complex():
+        if y.is_complex() and not due.is_complex():
             remedy = f"; if the operator is complex, give b as {y.dtype}"
-        raise ValueError(f"{name}: expected {name}(v) to have the dtype {v.dtype} of v, got {y.dtype}{remedy}")
-    if y.device != v.device:
-        raise ValueError(f"{name}: expected {name}(v) to be on the device {v.device} of v, got {y.device}")
+        raise ValueError(f"{name}: expected {name}(v) to have the dtype {due.dtype} of {of}, got {y.dtype}{remedy}")
+    if y.device != due.device:
+        raise ValueError(f"{name}: expected {name}(v) to be on the device {due.device} of {of}, got {y.device}")

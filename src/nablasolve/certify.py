@@ -10,6 +10,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ def opening(valid: Tensor, residual_norm: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(valid & torch.isfinite(residual_norm), status, int(Status.NONFINITE))
 
 
-def verdict(status: Tensor, ended: Tensor, before: Tensor, after: Tensor, threshold: Tensor, eps: float) -> Tensor:
+def verdict(
+    status: Tensor, ended: Tensor, before: Tensor, after: Tensor, threshold: Tensor, eps: float, normal: Normal | None = None
+) -> Tensor:
     """The status of each system after a cycle of its method.
 
     Args:
@@ -49,6 +52,7 @@ def verdict(status: Tensor, ended: Tensor, before: Tensor, after: Tensor, thresh
         after: the recomputed one after it.
         threshold: `max(rtol |b|, atol)`.
         eps: the roundoff of the vectors.
+        normal: for a least-squares method, what became of `|A^H r|`.
 
     Returns:
         RUNNING where the method is to restart from the recomputed residual, else a final `Status`.
@@ -58,20 +62,45 @@ def verdict(status: Tensor, ended: Tensor, before: Tensor, after: Tensor, thresh
     code = torch.where(ended >= 0, ended, int(Status.STAGNATED))
     restart = (ended == CLAIMED) & gained
     restart |= ((ended == CYCLE_END) | (ended == Status.BREAKDOWN) | (ended == Status.STAGNATED)) & crept
+    final = (ended == Status.STOPPED) | (ended == Status.NONFINITE) | (ended == Status.ILL_CONDITIONED)
+    if normal is not None:
+        restart |= (ended == CLAIMED) & (normal.after <= WORTHWHILE_GAIN * normal.before)
     code = torch.where(restart, RUNNING, code)
-    final = (ended == Status.STOPPED) | (ended == Status.NONFINITE)
+    if normal is not None:
+        code = torch.where((normal.after <= normal.limit) & ~final, int(normal.meaning), code)
     code = torch.where((after <= threshold) & ~final, int(Status.CONVERGED), code)
     return torch.where(status == RUNNING, code, status)
 
 
-def useless(status: Tensor, before: Tensor, after: Tensor, first_cycle: bool, eps: float) -> Tensor:
+@dataclass(frozen=True)
+class Normal:
+    """The recomputed residual of the normal equations, `|A^H (b - A x)|`, of each system.
+
+    Attributes:
+        before: before the cycle.
+        after: after it.
+        limit: what it is to come below (Paige & Saunders 1982, §6: `rtol |A| |r|`).
+        meaning: the status of a system where it does: LEAST_SQUARES, or INCONSISTENT where `A x = b` was asked.
+    """
+
+    before: Tensor
+    after: Tensor
+    limit: Tensor
+    meaning: Status
+
+
+def useless(
+    status: Tensor, before: Tensor, after: Tensor, first_cycle: bool, eps: float, least_squares: bool = False
+) -> Tensor:
     """Where the correction of a cycle is not to be taken: it is not finite, or made the residual larger.
 
     The residual of an unfinished first cycle may well rise before it falls, and its iterate is the method's own; but what
     has grown by half the digits of the dtype is rounding.
     """
     unfinished = ((status == Status.MAXITER) | (status == Status.STOPPED)) & first_cycle
-    return ~torch.isfinite(after) | (after > before * torch.where(unfinished, eps**-0.5, 1.0))
+    # a least-squares residual that cannot fall may well rise by its rounding
+    growth = torch.where(unfinished, eps**-0.5, 1 + eps**0.5 if least_squares else 1.0)
+    return ~torch.isfinite(after) | (after > before * growth)
 
 
 def may_be_solved_otherwise(status: Tensor) -> Tensor:
@@ -166,6 +195,17 @@ def _symmetry(space: Space, A: Callable[[Tensor], Tensor], u: Tensor) -> tuple[T
 def asymmetric(space: Space, A: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
     """Where two products show that `A` is not Hermitian."""
     return _symmetry(space, A, _unit(b, space.batch_dims)[0])[1]
+
+
+def mismatched(
+    space: Space, A: Callable[[Tensor], Tensor], A_adjoint: Callable[[Tensor], Tensor], x: Tensor, r: Tensor
+) -> Tensor:
+    """Where `A_adjoint` is not the adjoint of `A`, because `r^H A x` differs from `(A^H r)^H x`."""
+    Ax, s = A(x), A_adjoint(r)
+    error = (_wide(space.real_dot(r, Ax), r) - _wide(space.real_dot(s, x), r)).abs()
+    k = space.batch_dims
+    size = precise_norm(r, k) * precise_norm(Ax, k) + precise_norm(s, k) * precise_norm(x, k)
+    return error > SYMMETRY_SLACK * torch.finfo(r.dtype).eps * size
 
 
 def _outside_range_of_small(

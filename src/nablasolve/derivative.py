@@ -1,15 +1,19 @@
-"""The one derivative rule.
+"""The one derivative rule, for every shape and rank.
 
-For `x = A(θ)^{-1} b` and a loss `L` with cotangent `x̄ = ∂L/∂x` (PyTorch's convention: `dL = Re<x̄, dx>`):
+For `x = A(θ)^+ b` of locally constant rank, with `r = b - A x` and the dual `q = A^{+H} x`, Golub & Pereyra (1973) give
 
-    dx = A^{-1} (db - dA x)                                     forward mode: one more solve with A
-    λ  = A^{-H} x̄                                               reverse mode: one solve with the adjoint
-    b̄  = λ,     θ̄ = -(∂(A(θ) x)/∂θ)^H λ                         and one backward pass through one application of A
+    dx = A^+ (db - dA x + A^{+H} dA^H r) + (I - A^+ A) dA^H q                       forward mode
 
-(Golub & Pereyra 1973 for the derivative of an inverse; Lai et al., "∇-Prox", SIGGRAPH 2023, for the matrix-free form.)
-The rule differentiates the *problem*, not the loop: nothing of the iteration is stored. Both lines are written with this
-same differentiable solve, on the attached solution, so they are right to every order and under every `torch.func`
-transform.
+and, for a loss `L` with cotangent `x̄ = ∂L/∂x` (PyTorch's convention: `dL = Re<x̄, dx>`), reverse mode is
+
+    w = A^{+H} x̄,   p = x̄ - A^H w,   v = A^+ w,      b̄ = w,
+    θ̄ = ∂/∂θ Re( -<w, A(θ) x> + <r, A(θ) v> + <q, A(θ) p> )                         with x, w, r, v, q, p held
+
+that is one solve with the adjoint and at most three backward passes through one application of `A` each. The terms vanish
+with `r` (where `A` reaches every `b`, as a regular square one does) and with `p` (where it has full column rank):
+of a square system only the first is left, the matrix-free form of Lai et al., "∇-Prox", SIGGRAPH 2023. The rule
+differentiates the *problem*, not the loop: nothing of the iteration is stored. It is written with this same differentiable
+solve, on the attached solution, so it is right to every order and under every `torch.func` transform.
 """
 
 from __future__ import annotations
@@ -28,10 +32,11 @@ from torch.autograd import forward_ad
 from .closure import transforms_active, transparent
 from .drive import solve_concretely
 from .graph import Run, is_differentiable, is_wrapped, level_of, tracks_beneath
-from .info import Status
+from .info import Column, Status, converged
+from .nullspaces import Gauge
 from .problem import Problem
 from .trace import as_one_operation
-from .vectors import any_true, own_precision, precise_norm
+from .vectors import any_true, flatten, own_precision, precise_norm
 
 _functorch = torch._C._functorch
 
@@ -41,6 +46,8 @@ NO_SECOND_SPARSE_DERIVATIVE = (
     "solve(lambda v, values: torch.zeros_like(v).index_add(0, rows, values * v[columns]), b, params=(values,))."
 )
 
+# How far a dual, which a least-squares solve leaves on its way, may miss its equation beside the tolerance of that solve.
+DUAL_SLACK = 100.0
 # How far the residual of the solution may exceed what was certified before A is taken to have changed.
 CHANGE_SLACK = 10.0
 
@@ -56,27 +63,30 @@ class _Solve(torch.autograd.Function):
     """`(b, θ) -> A(θ)^{-1} b`, with every derivative.
 
     The inputs are `(problem, b, x0, count, *given, *kept)`: `count` tensors for the closures of the problem, then what an
-    earlier solve left for this one (a factorisation). The outputs are `(x, report, history, *kept)`.
+    earlier solve left for this one (a factorisation). The outputs are `(x, report, history, dual, *kept)`, where the dual
+    is the `q` with `x = A^H q` of a least-squares method that has found it, else empty.
     """
 
     @staticmethod
     def forward(problem: Problem, b: Tensor, x0: Tensor | None, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         given, kept = tensors[:count], tensors[count:]
         outcome = solve_concretely(problem, b, x0, given, kept)
+        dual = outcome.report.new_empty((*outcome.report.shape[:-1], 0)) if outcome.dual is None else outcome.dual
         # what was handed in is not handed out again: an output must not be an input
-        return outcome.x, outcome.report, outcome.history, *(() if kept else outcome.kept)
+        return outcome.x, outcome.report, outcome.history, dual, *(() if kept else outcome.kept)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         problem, b, _, count, *tensors = inputs
-        x, report, history, *kept = output
-        ctx.mark_non_differentiable(report, history, *kept)
+        x, report, history, dual, *kept = output
+        ctx.mark_non_differentiable(report, history, dual, *kept)
         ctx.set_materialize_grads(False)
         ctx.problem, ctx.count = replace(problem, known=False) if problem.known else problem, count
         ctx.inputs, ctx.outputs = len(inputs), len(output)
-        # b is needed for a check only, and outside transforms its owner may change it: it is not saved then
-        ctx.b, ctx.b_version = (b, b._version) if not is_wrapped(b) and not b.is_inference() else (None, 0)
-        saved = (x, b if ctx.b is None else report, report, *tensors[:count], *(tensors[count:] or kept))
+        # Where r vanishes b is needed for a check only, and outside transforms its owner may change it: it is not saved then.
+        checked = problem.onto and not is_wrapped(b) and not b.is_inference()
+        ctx.b, ctx.b_version = (b, b._version) if checked else (None, 0)
+        saved = (x, b if ctx.b is None else report, report, dual, *tensors[:count], *(tensors[count:] or kept))
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
@@ -88,16 +98,23 @@ class _Solve(torch.autograd.Function):
             return tuple(grads)
         problem: Problem = ctx.problem
         # the pull-back of torch.func.vjp runs after its transform has ended, and its tensors are wrapped no more
-        x_bar, x, b, report, *tensors = (_functorch.unwrap_if_dead(t) for t in (x_bar, *_saved(ctx)))
+        x_bar = _functorch.unwrap_if_dead(x_bar)
+        x, b, report, dual, *tensors = [_functorch.unwrap_if_dead(t) for t in _saved(ctx)]
         given = list(tensors[: ctx.count])
         for closure in problem.closures.values():
             closure.check_constants()
-        adjoint, adjoint_report = _apply(problem.H, x_bar, None, ctx.count, *tensors)[:2]
-        grads[1] = adjoint
         needed = ctx.needs_input_grad[4:]
         wanted = [i for i in range(len(problem.operator.recorded)) if needed[i] and is_differentiable(given[i])]
-        if any(_is_stored_in_sparse(given[i]) for i in wanted) and _is_differentiated_again([x_bar, x, *given]):
+        again = _is_differentiated_again([x_bar, x, *given])
+        if again and any(_is_stored_in_sparse(given[i]) for i in wanted):
             raise RuntimeError(NO_SECOND_SPARSE_DERIVATIVE)
+
+        # what vanishes here need not vanish nearby: a derivative of this pass is one of every term
+        misfit = bool(wanted) and not problem.onto and (again or _any_left(report))
+        adjoint = replace(problem.H, dual=misfit)
+        w, adjoint_report, _history, dual_of_w = _apply(adjoint, x_bar, None, ctx.count, *tensors)[:4]
+        grads[1] = w
+        null_part = _null_part(problem, x_bar, given)
         pull_back = _pull_back_in_transform if transforms_active() else _pull_back
 
         def check(y: Tensor) -> None:
@@ -107,13 +124,25 @@ class _Solve(torch.autograd.Function):
                 _check_unchanged(problem, ctx.b, y, report)
 
         def check_back(x_back: Tensor) -> None:
-            _check_linear(problem, x_back, x_bar, adjoint_report)
+            _check_linear(problem, x_back, x_bar - null_part, adjoint_report)
 
         # the older vmap of is_grads_batched=True cannot read the batch that it hides
         unchecked = problem.linear or _functorch.is_legacy_batchedtensor(x_bar)
-        parts = pull_back(problem, x, given, wanted, adjoint, check, None if unchecked else check_back)
-        for i, part in zip(wanted, parts, strict=True):
-            grads[4 + i] = None if part is None else -part
+        total = pull_back(problem, x, given, wanted, w, check, None if unchecked else check_back)
+        total = [None if part is None else -part for part in total]
+        terms = []
+        if misfit:
+            v = _attached_dual(problem.tangent, w, dual_of_w, adjoint_report, ctx.count, tensors)
+            terms.append((v, b - problem.differentiable_apply(x, given)))
+        if wanted and not problem.injective and (again or _any_left(adjoint_report) or _any_part(problem, null_part, x_bar)):
+            p = x_bar - problem.H.differentiable_apply(w, given)
+            if again or _moves(problem, p, x, given, wanted, pull_back):
+                terms.append((p, _attached_dual(problem.H.tangent, x, dual, report, ctx.count, tensors)))
+        for vector, cotangent in terms:
+            parts = pull_back(problem, vector, given, wanted, cotangent, _unchecked, None)
+            total = [_sum(one, other) for one, other in zip(total, parts, strict=True)]
+        for i, part in zip(wanted, total, strict=True):
+            grads[4 + i] = part
         return tuple(grads)
 
     @staticmethod
@@ -138,10 +167,10 @@ class _Solve(torch.autograd.Function):
         kept = [t.unsqueeze(0) if d is None else t for t, d in zip(moved[count:], dims[count:], strict=True)]
         mapped = problem.vmapped([None if d is None else 0 for d in dims[:count]])
         guess = None if x0 is None else spread(x0, x0_dim)
-        x, report, history, *left = _apply(mapped, spread(b, b_dim), guess, count, *moved[:count], *kept)
+        x, report, history, dual, *left = _apply(mapped, spread(b, b_dim), guess, count, *moved[:count], *kept)
         if any(d is not None for d in dims[: len(problem.operator.recorded)]):
-            return (x, report, history, *left), (0,) * (3 + len(left))
-        return (x, report, history, *(t.squeeze(0) for t in left)), (0, 0, 0, *(None,) * len(left))
+            return (x, report, history, dual, *left), (0,) * (4 + len(left))
+        return (x, report, history, dual, *(t.squeeze(0) for t in left)), (0, 0, 0, 0, *(None,) * len(left))
 
 
 def _saved(ctx: Any) -> tuple[Tensor, ...]:
@@ -293,6 +322,95 @@ def _unhooked(tensors: Sequence[Tensor]) -> Iterator[None]:
             tensor.grad = grad
 
 
+def _unchecked(y: Tensor) -> None:
+    """The check of a product that says nothing new."""
+
+
+def _any_left(report: Tensor) -> bool:
+    """Whether the residual of some system is more than its tolerance."""
+    return any_true(report[..., Column.STATUS] != Status.CONVERGED)
+
+
+def _null_part(problem: Problem, x_bar: Tensor, given: Sequence[Tensor]) -> Tensor:
+    """The part of the cotangent in the nullspace, where the user gave that; else zero."""
+    if problem.nullspace is None:
+        return x_bar.new_zeros(())
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+        name = "left_nullspace" if problem.transposed else "nullspace"
+        return problem.closures[name].apply(x_bar, problem.split(given)[name])
+
+
+def _any_part(problem: Problem, part: Tensor, of: Tensor) -> bool:
+    """Whether the part of a vector in the nullspace is more than its tolerance, in some system."""
+    if problem.nullspace is None:
+        return False
+    return any_true(precise_norm(part, problem.batch_dims) > problem.H.options.rtol * precise_norm(of, problem.batch_dims))
+
+
+def _attached_dual(problem: Problem, b: Tensor, dual: Tensor, report: Tensor, count: int, tensors: Sequence[Tensor]) -> Tensor:
+    """`A^+ b` for a `b = A^{+H} c` whose solve has left this vector as its dual, or else by one more solve.
+
+    Raises:
+        RuntimeError: if `b` is not in the range, so that the solution of that solve was not the shortest one.
+    """
+    found = dual.shape[-1:] != (0,) and not any_true(report[..., Column.DUAL] > DUAL_SLACK * problem.options.rtol)
+    if found:  # it has only to be attached to the graph
+        return _apply(replace(problem, known=True), b, dual, count, *tensors)[0]
+    solution, left, *_ = _apply(problem, b, None, count, *tensors)
+    limit = max(CHANGE_SLACK * problem.options.rtol, torch.finfo(b.dtype).eps ** 0.5)
+    if any_true((left[..., Column.STATUS] == Status.LEAST_SQUARES) & (left[..., Column.RELATIVE] > limit)):
+        raise RuntimeError(
+            "The solution of lstsq is not the minimiser of smallest norm, so that its derivative is not defined: x0 had a part "
+            "in the nullspace of A, which has not full column rank. Leave x0 out, or give damp."
+        )
+    return solution
+
+
+def in_gauge(problem: Problem, x: Tensor, gauge: Gauge, given: Sequence[Tensor]) -> Tensor:
+    """The solution `x` of a singular system moved along the nullspace to where `c^H x = g`.
+
+    The nullspace may move with the tensors of `A`: a null vector `n` is the function `n - A^+ A n` of them.
+    """
+    basis = gauge.null.basis(problem.layout, x).detach()
+    # A n is in the range whatever moves; and A^+ A n is zero where it stands
+    held = replace(problem.tangent, known=True, onto=True)
+    columns = []
+    for n in basis.unbind(-1):
+        n = n.expand(*x.shape[: problem.batch_dims], n.shape[-1]).reshape(x.shape)
+        image = problem.differentiable_apply(n, given)
+        moved = n - _apply(held, image, torch.zeros_like(n), len(given), *given)[0]
+        columns.append(flatten(moved, problem.batch_dims))
+    return gauge.applied(x, torch.stack(columns, dim=-1), problem.layout)
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other
+
+
+def _moves(
+    problem: Problem, p: Tensor, x: Tensor, given: Sequence[Tensor], wanted: Sequence[int], pull_back: Callable[..., Any]
+) -> bool:
+    """Whether a nullspace that the user gave moves with the tensors of `A`; one that was not given has to be taken to do so.
+
+    It stays if `dA p = 0` whatever moves, and then `<c, dA p>` vanishes for a random `c`, beside `<c, dA x>`.
+    """
+    if problem.nullspace is None:
+        return True
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+        p = _null_part(problem, p, given)  # without what the adjoint solve has left
+        # the global random state is not ours to change
+        noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(p)
+        norms = [
+            torch.stack([torch.linalg.vector_norm(part) for part in parts if part is not None]).sum()
+            / torch.linalg.vector_norm(v)
+            for v in (p, x)
+            if (parts := [t for t in pull_back(problem, v, given, wanted, noise, _unchecked, None) if t is not None])
+        ]
+    return bool(norms) and any_true(norms[0] > torch.finfo(p.dtype).eps ** 0.5 * norms[-1])
+
+
 def _check_unchanged(problem: Problem, b: Tensor, y: Tensor, report: Tensor) -> None:
     """Raise if `y = A x` is no longer what the forward solve certified, because `A` computes something else by now.
 
@@ -300,9 +418,15 @@ def _check_unchanged(problem: Problem, b: Tensor, y: Tensor, report: Tensor) -> 
         RuntimeError: for instance if an attribute that `A` reads was set to another tensor.
     """
     with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
-        norm_b = precise_norm(b, problem.batch_dims)
-        residual = precise_norm(b - y, problem.batch_dims) / torch.where(norm_b > 0, norm_b, 1.0)
-        if any_true(residual > CHANGE_SLACK * torch.clamp(report[..., 3], min=problem.options.rtol)):
+        norm_b, before = precise_norm(b, problem.batch_dims), report[..., Column.NORM_R]
+        now = precise_norm(b - y, problem.batch_dims)
+        limit = CHANGE_SLACK * problem.options.rtol * norm_b
+        if problem.onto:
+            changed = now > torch.maximum(limit, CHANGE_SLACK * before)
+        else:  # the residual of a minimiser is no measure of what is left of it in rounding
+            limit = torch.clamp(limit, min=CHANGE_SLACK * torch.finfo(b.dtype).eps ** 0.5 * norm_b)
+            changed = torch.isfinite(before) & ((now - before).abs() > limit)
+        if any_true(changed):
             raise RuntimeError(
                 "A changed between the forward solve and the backward pass: applied to the solution it no longer gives b, "
                 "so that its adjoint is not that of the system that was solved. Keep what A reads unchanged until backward "
@@ -311,17 +435,21 @@ def _check_unchanged(problem: Problem, b: Tensor, y: Tensor, report: Tensor) -> 
 
 
 def _check_linear(problem: Problem, x_back: Tensor, x_bar: Tensor, report: Tensor) -> None:
-    """Raise if `A'(x)^H λ`, the derivative of `A` at the solution, is not the `A^H λ = x̄` that the adjoint solve certified.
+    """Raise if `A'(x)^H w`, with the derivative of `A` at the solution, is not the `A^H w` that the adjoint solve certified.
 
     Raises:
         RuntimeError: for an `A` that is not linear, whose derivative at zero gave the adjoint.
     """
     with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         size = precise_norm(x_bar, problem.batch_dims)
-        error = precise_norm(x_back - x_bar, problem.batch_dims) / torch.where(size > 0, size, 1.0)
-        limit = CHANGE_SLACK * torch.clamp(report[..., 3], min=problem.H.options.rtol)
-        limit = torch.clamp(limit, min=torch.finfo(x_bar.dtype).eps ** 0.5)
-        if any_true((report[..., 0] == Status.CONVERGED) & (error > limit)):
+        error, before = precise_norm(x_back - x_bar, problem.batch_dims), report[..., Column.NORM_R]
+        smallest = max(CHANGE_SLACK * problem.H.options.rtol, torch.finfo(x_bar.dtype).eps ** 0.5)
+        limit = smallest * size
+        if problem.injective or problem.nullspace is not None:
+            limit = torch.maximum(limit, CHANGE_SLACK * before)
+        else:
+            error = (error - before).abs()
+        if any_true(converged(report[..., Column.STATUS], problem.least_squares) & (error > limit)):
             raise RuntimeError(
                 "A is not linear: its derivative at the solution is another one than at zero, so that the gradient would be "
                 "that of another operator. print(nablasolve.check_operator(A, b)) looks for the reason; a system that is not "
@@ -348,16 +476,21 @@ class _Cut:
 
 
 def _push_forward(
-    problem: Problem, b: Tensor, saved: Sequence[Tensor], count: int, db: Tensor | None, tangents: Sequence[Tensor | None]
+    problem: Problem,
+    b: Tensor | None,
+    saved: Sequence[Tensor],
+    count: int,
+    db: Tensor | None,
+    tangents: Sequence[Tensor | None],
 ) -> Tensor:
-    """`A^{-1} (db - dA x)` for plain dual numbers, of which there is one level: `A`'s own tensors are dual already.
+    """`dx` for plain dual numbers, of which there is one level: `A`'s own tensors are dual already.
 
     PyTorch calls this with forward gradients switched off, so the solves below see values only.
     """
-    x, _, _, *tensors = saved
+    (x, saved_b, report, dual), tensors = saved[:4], saved[4:]
+    b = saved_b if b is None else b
     # plain autograd has not attached x to its graph yet, and dA x depends on it
     x = _apply(replace(problem.tangent, known=True), b, x.detach(), count, *tensors)[0]
-    rhs = torch.zeros_like(x) if db is None else db
     duals = list(tensors[:count])
     with forward_ad._set_fwd_grad_enabled(True):
         for i, (recorded, tangent) in enumerate(zip(problem.operator.recorded, tangents, strict=True)):
@@ -366,12 +499,22 @@ def _push_forward(
                 duals[i] = forward_ad.make_dual(forward_ad.unpack_dual(duals[i]).primal, tangent)
             elif captured:
                 duals[i] = recorded
-        change = forward_ad.unpack_dual(problem.differentiable_apply(x, duals)).tangent
-    return _apply(problem.tangent, rhs if change is None else rhs - change, None, count, *tensors)[0]
+
+    def change(of: Problem, v: Tensor) -> Tensor | None:
+        with forward_ad._set_fwd_grad_enabled(True):
+            tangent: Tensor | None = forward_ad.unpack_dual(of.differentiable_apply(v, duals)).tangent
+            return tangent
+
+    return _tangent(problem, b, x, dual, report, count, tensors, db, change)
 
 
 def _push_forward_in_transform(
-    problem: Problem, _: Tensor, saved: Sequence[Tensor], count: int, db: Tensor | None, tangents: Sequence[Tensor | None]
+    problem: Problem,
+    b: Tensor | None,
+    saved: Sequence[Tensor],
+    count: int,
+    db: Tensor | None,
+    tangents: Sequence[Tensor | None],
 ) -> Tensor:
     """The same at any level of `torch.func`, with `dA x` by a double vector-Jacobian product.
 
@@ -380,19 +523,54 @@ def _push_forward_in_transform(
     """
     with forward_ad._set_fwd_grad_enabled(True):
         # a sparse tensor holds no tangent
-        x, _, _, *tensors = (forward_ad.unpack_dual(t).primal if t.layout == torch.strided else t for t in saved)
+        values = [forward_ad.unpack_dual(t).primal if t.layout == torch.strided else t for t in saved]
+        x, saved_b, report, dual, *tensors = values
+        b = saved_b if b is None else b
         given = tensors[:count]
-        rhs = torch.zeros_like(x) if db is None else db
         moving = [i for i, t in enumerate(tangents) if t is not None]
-        if moving:
+
+        def change(of: Problem, v: Tensor) -> Tensor | None:
+            if not moving:
+                return None
 
             def of_parameters(*parameters: Tensor) -> Tensor:
-                return problem.differentiable_apply(x, _replaced(given, moving, parameters))
+                return of.differentiable_apply(v, _replaced(given, moving, parameters))
 
-            pull_back = torch.func.vjp(of_parameters, *(given[i] for i in moving))[1]
-            transposed = torch.func.vjp(pull_back, torch.zeros_like(x))[1]
-            rhs = rhs - transposed(tuple(t for t in tangents if t is not None))[0]
+            y, pull_back = torch.func.vjp(of_parameters, *(given[i] for i in moving))[:2]
+            transposed = torch.func.vjp(pull_back, torch.zeros_like(y))[1]
+            result: Tensor = transposed(tuple(t for t in tangents if t is not None))[0]
+            return result
+
+        return _tangent(problem, b, x, dual, report, count, tensors, db, change)
+
+
+def _tangent(
+    problem: Problem,
+    b: Tensor,
+    x: Tensor,
+    dual: Tensor,
+    report: Tensor,
+    count: int,
+    tensors: Sequence[Tensor],
+    db: Tensor | None,
+    change: Callable[[Problem, Tensor], Tensor | None],
+) -> Tensor:
+    """`dx = A^+ (db - dA x + A^{+H} dA^H r - A dA^H q) + dA^H q`; `change(problem, v)` is `dA v`, or None if `A` stays."""
+    given, adjoint = tensors[:count], problem.H.tangent
+    dA_x = change(problem, x)
+    rhs = torch.zeros_like(b) if db is None else db
+    if dA_x is None:
         return _apply(problem.tangent, rhs, None, count, *tensors)[0]
+    rhs, beside = rhs - dA_x, None
+    if not problem.onto:
+        turned = change(adjoint, b - problem.differentiable_apply(x, given))
+        if turned is not None:
+            rhs = rhs + _apply(adjoint, turned, None, count, *tensors)[0]
+    if not problem.injective:
+        beside = change(adjoint, _attached_dual(adjoint, x, dual, report, count, tensors))
+    if beside is None:
+        return _apply(problem.tangent, rhs, None, count, *tensors)[0]
+    return _apply(problem.tangent, rhs - problem.differentiable_apply(beside, given), None, count, *tensors)[0] + beside
 
 
 def _is_differentiated_again(tensors: Sequence[Tensor]) -> bool:

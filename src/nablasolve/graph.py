@@ -74,6 +74,11 @@ def moves(result: Any) -> bool:
     return _at_some_level(result, has_tangent)
 
 
+def tracks_anywhere(tensor: Tensor) -> bool:
+    """Whether the tensor has a gradient or a tangent at any level of `torch.func`, or beneath them."""
+    return _at_some_level(tensor, tracks)
+
+
 def tracks_beneath(tensors: Iterable[Tensor]) -> bool:
     """Whether a tensor of the innermost transform has a gradient or a tangent outside of that transform."""
     level = level_now()

@@ -23,6 +23,7 @@ class Status(IntEnum):
     INCONSISTENT = 7
     NONFINITE = 8
     STOPPED = 9
+    ILL_CONDITIONED = 10
 
     @property
     def message(self) -> str:
@@ -55,7 +56,16 @@ _MESSAGES = {
     "project b onto the range, or solve the least-squares problem.",
     Status.NONFINITE: "NaN or Inf was met in b, in x0, or in what A or M returned: look at the inputs and at A.",
     Status.STOPPED: "The callback asked to stop before the tolerance was met.",
+    Status.ILL_CONDITIONED: "The condition number of A has reached the reciprocal of the roundoff, beyond which no digit of a "
+    "least-squares solution is right: give damp, use a wider dtype, or a preconditioner M.",
 }
+
+
+class Column:
+    """What stands where in a report, a float64 tensor of shape `(*batch, Column.COUNT)`."""
+
+    STATUS, ITERATIONS, RESIDUAL, RELATIVE, MATVECS, RMATVECS, NORM_R, NORM_AR, NORM_A, COND_A, NORM_X, DUAL = range(12)
+    COUNT = 12
 
 
 @dataclass(repr=False, eq=False)
@@ -66,7 +76,7 @@ class SolveInfo:
     or `torch.vmap`) they are tensors of the batch shape.
 
     Attributes:
-        converged: whether the recomputed residual meets `max(rtol |b|, atol)`.
+        converged: whether the recomputed residual meets `max(rtol |b|, atol)`; in `lstsq` also where `LEAST_SQUARES` was met.
         status: a `Status`; for a batch an integer tensor of `Status` values.
         iterations: steps of the method (GMRES counts inner steps).
         residual_norm: the recomputed `|b - A x|`.
@@ -76,6 +86,11 @@ class SolveInfo:
         method: the method's lower-case name.
         history: with `history=True`, the method's residual norms, a float64 tensor of shape
             `(iterations + 1, *batch)` that begins with the initial one; else None.
+        norm_r: of a least-squares solve, the recomputed norm of all that is minimised, `sqrt(|b - A x|^2 + damp^2 |x|^2)`.
+        norm_Ar: the recomputed `|A^H (b - A x) - damp^2 x|`, which vanishes at the solution.
+        norm_A: an estimate of `|A|` (with its damping), near the Frobenius norm.
+        cond_A: an estimate of the condition number from below; 0 where the method makes none.
+        norm_x: `|x|`. These five are None for a solve that is no least-squares solve.
     """
 
     converged: Any
@@ -87,6 +102,11 @@ class SolveInfo:
     rmatvecs: Any
     method: str
     history: Tensor | None = None
+    norm_r: Any = None
+    norm_Ar: Any = None
+    norm_A: Any = None
+    cond_A: Any = None
+    norm_x: Any = None
     _adjoint: list[SolveInfo] = field(default_factory=list)
 
     @property
@@ -113,17 +133,24 @@ class SolveInfo:
         )
 
 
-def read_report(report: Tensor, history: Tensor | None, method: str, adjoint: list[SolveInfo], mapped: bool) -> SolveInfo:
-    """The `SolveInfo` of a report tensor of shape `(*batch, 6)`; `mapped` says that `torch.vmap` owns the batch."""
-    if report.ndim == 1 and not mapped:
-        status, iterations, norm, relative, matvecs, rmatvecs = report.tolist()
-        reason = Status(int(status))
-        counts: tuple[Any, Any, Any, Any, Any]
-        counts = int(iterations), norm, relative, int(matvecs), int(rmatvecs)
-        return SolveInfo(reason is Status.CONVERGED, reason, *counts, method, history, adjoint)
-    codes, iterations, norm, relative, matvecs, rmatvecs = report.unbind(-1)
-    counts = iterations.long(), norm, relative, matvecs.long(), rmatvecs.long()
-    return SolveInfo(codes == Status.CONVERGED, codes.long(), *counts, method, history, adjoint)
+def converged(status: Any, least_squares: bool) -> Any:
+    """Where a solve has reached what was asked; a least-squares solution counts where one was."""
+    return (status == Status.CONVERGED) | (least_squares & (status == Status.LEAST_SQUARES))
+
+
+def read_report(
+    report: Tensor, history: Tensor | None, method: str, adjoint: list[SolveInfo], mapped: bool, least_squares: bool = False
+) -> SolveInfo:
+    """The `SolveInfo` of a report tensor of shape `(*batch, Column.COUNT)`; `mapped` says that `torch.vmap` owns the batch."""
+    fields: dict[str, Any] = {"method": method, "history": history, "_adjoint": adjoint}
+    single = report.ndim == 1 and not mapped
+    columns = report.tolist() if single else report.unbind(-1)
+    code, iterations, norm, relative, matvecs, rmatvecs, *norms, _ = columns
+    status: Any = Status(int(code)) if single else code.long()
+    iterations, matvecs, rmatvecs = (int(c) if single else c.long() for c in (iterations, matvecs, rmatvecs))
+    if least_squares:
+        fields |= dict(zip(("norm_r", "norm_Ar", "norm_A", "cond_A", "norm_x"), norms, strict=True))
+    return SolveInfo(converged(status, least_squares), status, iterations, norm, relative, matvecs, rmatvecs, **fields)
 
 
 class ConvergenceError(torch.linalg.LinAlgError):  # type: ignore[name-defined]

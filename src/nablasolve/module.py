@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from .arguments import nearest
+from .choice import check_method_name
 from .info import SolveInfo
-from .pose import check_method_name
 from .solve import solve, solve_with_record
 
 _OPTIONS = tuple(name for name, p in inspect.signature(solve).parameters.items() if p.kind == p.KEYWORD_ONLY)

@@ -1,4 +1,4 @@
-"""Two small plots of a solve: residual against iteration, and memory against iterations.
+"""Small plots: residual and memory against iterations, and the curves that a damping is chosen on.
 
 Each draws on a matplotlib `Axes` that the caller made, so that it fits into any figure and sets nothing globally.
 """
@@ -83,6 +83,58 @@ def plot_memory(axes: Axes, iterations: Sequence[int], memory: Mapping[str, Sequ
     axes.set_xlabel("iterations")
     axes.set_ylabel("peak memory (MiB)")
     _finish(axes)
+
+
+def plot_lcurve(axes: Axes, residual_norms: Tensor, solution_norms: Tensor, corner: tuple[float, float], damp: float) -> None:
+    """Draw an L-curve, on logarithmic scales, with its corner.
+
+    Args:
+        axes: where to draw.
+        residual_norms: `|A x - b|` along the curve.
+        solution_norms: `|x|` along the curve.
+        corner: both at the corner.
+        damp: the λ of the corner.
+    """
+    axes.loglog(residual_norms.numpy(), solution_norms.numpy(), color=COLORS[0], linewidth=1.8)
+    axes.loglog(*([value] for value in corner), color=COLORS[1], marker="o", linestyle="none", label=f"λ = {damp:.3g}")
+    axes.set_xlabel("residual norm")
+    axes.set_ylabel("solution norm")
+    _finish(axes)
+
+
+def plot_criterion(
+    axes: Axes, damps: Tensor, values: Tensor, damp: float, *, ylabel: str, level: tuple[str, float] | None = None
+) -> None:
+    """Draw a function of λ, on logarithmic scales, and mark the λ that was chosen by it.
+
+    Args:
+        axes: where to draw.
+        damps: the λ.
+        values: of the function.
+        damp: the chosen λ.
+        ylabel: the name of the function.
+        level: a name and a value to mark by a horizontal line.
+    """
+    axes.loglog(damps.numpy(), values.numpy(), color=COLORS[0], linewidth=1.8)
+    if level is not None:
+        axes.axhline(level[1], color="#555555", linewidth=0.9, linestyle=(0, (4, 3)), label=level[0])
+    axes.axvline(damp, color=COLORS[1], linewidth=1.2, label=f"λ = {damp:.3g}")
+    axes.set_xlabel("λ")
+    axes.set_ylabel(ylabel)
+    _finish(axes)
+
+
+def new_axes() -> Axes:
+    """The axes of a new figure.
+
+    Raises:
+        ImportError: if there is no matplotlib.
+    """
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("plot() needs matplotlib: pip install 'nablasolve[demo]'") from error
+    return plt.subplots()[1]
 
 
 def _colors(count: int) -> list[str]:

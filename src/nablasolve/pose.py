@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .arguments import check_choice, check_integer, check_maxiter, check_result, check_tolerance, nearest
+from .choice import Choice, claims_hermitian
 from .closure import Closure, MatrixClosure, transforms_active
-from .methods import CG, GMRES, METHODS, MINRES, Direct, Method
+from .methods import Direct, Method
+from .nullspaces import Gauge, Nullspaces
 from .operators import DenseOperator, LinearOperator, SparseOperator, aslinearoperator, spaces
 from .operators.factorisation import Factorisation
 from .operators.spaces import check_structure
@@ -35,120 +38,171 @@ class Posed(NamedTuple):
     vector: Tensor
     guess: Tensor | None
     differentiate: bool
+    gauge: Gauge | None = None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The arguments that every solve has in common, which say how and not what.
+
+    Raises:
+        TypeError: for an argument of the wrong type.
+        ValueError: for an unknown word.
+    """
+
+    method: str | Method[Any] | None
+    M: Any
+    x0: Tree
+    rtol: float | None
+    atol: float
+    maxiter: int | None
+    grad: str
+    adjoint: Mapping[str, Any] | None
+    on_failure: str
+    on_adjoint_failure: str
+    callback: Callable[[Any], Any] | None
+    progress: bool
+    history: bool
+
+    def __post_init__(self) -> None:
+        check_choice("grad", self.grad, GRAD)
+        check_choice("on_failure", self.on_failure, ON_FAILURE)
+        check_choice("on_failure", self.on_adjoint_failure, ON_FAILURE)
+        if self.callback is not None and not callable(self.callback):
+            raise TypeError(f"callback: expected a callable or None, got {type(self.callback).__name__}")
+        for name, flag in (("progress", self.progress), ("history", self.history)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+
+    @property
+    def differentiate(self) -> bool:
+        """Whether a derivative can be asked for."""
+        return self.grad != "none" and (torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0)
 
 
 def pose(
-    A: Any,
-    b: Tree,
-    *,
-    method: str | Method[Any] | None,
-    M: Any,
-    x0: Tree,
-    rtol: float | None,
-    atol: float,
-    maxiter: int | None,
-    batch_dims: int,
-    params: Sequence[Any],
-    grad: str,
-    adjoint: Mapping[str, Any] | None,
-    on_failure: str,
-    on_adjoint_failure: str,
-    callback: Callable[[Any], Any] | None,
-    progress: bool,
-    history: bool,
+    A: Any, b: Tree, policy: Policy, *, batch_dims: int, params: Sequence[Any], nullspace: Any, left_nullspace: Any, gauge: Any
 ) -> Posed:
-    """The problem that the arguments of `solve` ask, with a failure policy for each pass.
+    """The linear system that the arguments of `solve` ask.
 
     Raises:
         TypeError: for an argument of the wrong type or an unknown option.
         ValueError: for a wrong shape, dtype, device or value.
         RuntimeError: if `A` depends on a tensor that needs a gradient and cannot be found.
     """
-    check_choice("grad", grad, GRAD)
-    check_choice("on_failure", on_failure, ON_FAILURE)
-    check_choice("on_failure", on_adjoint_failure, ON_FAILURE)
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback: expected a callable or None, got {type(callback).__name__}")
-    for name, flag in (("progress", progress), ("history", history)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
     A, params = with_flat_params(A, params)
-    operator = square_operator(A, params)
-    operator = operator.for_one_solve()
+    operator = square_operator(A, params).for_one_solve()
     b, batch_dims = right_hand_side(operator, b, batch_dims)
+    singular = Nullspaces.of(operator, nullspace, left_nullspace, operator.hermitian or claims_hermitian(policy.method))
+    chosen = Gauge.of(gauge, singular)
+    return posed(operator, b, batch_dims, params, policy, Layout.of(b, batch_dims), singular=singular)._replace(gauge=chosen)
+
+
+def posed(
+    operator: LinearOperator,
+    b: Tree,
+    batch_dims: int,
+    params: tuple[Tensor, ...],
+    policy: Policy,
+    solution_layout: Layout,
+    *,
+    singular: Nullspaces | None = None,
+    **least_squares: Any,
+) -> Posed:
+    """The problem of an operator and a right-hand side that were checked; `least_squares` says what else is known of it."""
     layout = Layout.of(b, batch_dims)
     vector = layout.pack(b)
-    guess = None if x0 is None else _guess(layout, x0, vector)
-    if guess is not None and grad != "unroll":
+    guess = None if policy.x0 is None else _guess(solution_layout, policy.x0, vector)
+    if guess is not None and policy.grad != "unroll":
         guess = guess.detach()
 
-    adjoint = _adjoint_options(adjoint)
-    n = max(1, vector[(0,) * batch_dims].numel() if vector.numel() else 0)
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    differentiate = grad != "none" and (torch.is_grad_enabled() or forward_mode)
-    factors = _Factors(operator, differentiate and grad == "unroll")
-    forward = Options(
-        method=_method("method", method, operator, M, factors),
-        rtol=DEFAULT_RTOL[real_dtype(vector.dtype)] if rtol is None else check_tolerance("rtol", rtol),
-        atol=check_tolerance("atol", atol),
-        maxiter=check_maxiter("maxiter", maxiter, 10 * n),
-        on_failure=on_failure,
+    adjoint, M = _adjoint_options(policy.adjoint), policy.M
+    n = max(1, math.prod(layout.vector_shape), math.prod(solution_layout.vector_shape)) if vector.numel() else 1
+    choice = Choice(
+        operator,
+        preconditioned=M is not None,
+        least_squares=bool(least_squares),
+        injective=least_squares.get("injective", True),
+        singular=singular is not None,
+        one_nullspace=singular is not None and singular.one,
+        unroll=policy.differentiate and policy.grad == "unroll",
     )
-    if method is None and isinstance(forward.method, Direct) and not isinstance(operator, DenseOperator):
-        forward = replace(forward, fallback=_krylov(operator))
+    forward = Options(
+        method=choice.method("method", policy.method),
+        rtol=DEFAULT_RTOL[real_dtype(vector.dtype)] if policy.rtol is None else check_tolerance("rtol", policy.rtol),
+        atol=check_tolerance("atol", policy.atol),
+        maxiter=check_maxiter("maxiter", policy.maxiter, 10 * n),
+        on_failure=policy.on_failure,
+    )
+    if policy.method is None and isinstance(forward.method, Direct) and not isinstance(operator, DenseOperator):
+        forward = replace(forward, fallback=choice.iterative())
     # the adjoint of a claimed operator keeps the claim; a method that was asked for by name is inherited
     backward = replace(
         forward,
         fallback=None if "method" in adjoint else forward.fallback,
-        method=_method("adjoint['method']", adjoint["method"], operator, M, factors) if "method" in adjoint else forward.method,
+        method=choice.adjoint(adjoint, policy.method, forward.method),
         rtol=check_tolerance("adjoint['rtol']", adjoint["rtol"]) if adjoint.get("rtol") is not None else forward.rtol,
         maxiter=check_maxiter("adjoint['maxiter']", adjoint.get("maxiter"), forward.maxiter),
         atol=0.0,
-        on_failure=on_adjoint_failure,
+        on_failure=policy.on_adjoint_failure,
     )
 
-    preconditioner = None if M is None else _flat("M", _preconditioner("M", M, b, vector), layout)
+    example = solution_layout.unpack(solution_layout.zero(vector, batch_dims))
+    preconditioner = None if M is None else _flat("M", _preconditioner("M", M, example), solution_layout)
     other = adjoint.get("M")
-    adjoint_preconditioner = None if other is None else _flat("M", _preconditioner("adjoint['M']", other, b, vector), layout)
+    adjoint_preconditioner = (
+        None if other is None else _flat("M", _preconditioner("adjoint['M']", other, example), solution_layout)
+    )
 
     active = transforms_active()
-    record = active or (differentiate and grad == "implicit")
-    flat = _flat("A", operator, layout, with_params=bool(params))
+    record = active or (policy.differentiate and policy.grad == "implicit")
+    flat = _flat("A", operator, solution_layout, layout, with_params=bool(params))
+    zero = solution_layout.zero(vector, batch_dims)
     recordings = 0
     if isinstance(operator, DenseOperator):
         main: Closure = MatrixClosure.of(operator.matrix, batch_dims)
     elif record:
-        main = Closure.record(_checked("A", flat.fn if params else flat.apply), vector, params)
+        main = Closure.record(_checked("A", flat.fn if params else flat.apply, layout), zero, params)
         recordings = main.runs
     else:
         main = Closure(flat.fn if params else flat.apply, params, declared=len(params))
-    side = functools.partial(_side_closure, vector=vector, record=active)
+    side = functools.partial(_side_closure, record=active)
     direct = any(isinstance(options.method, Direct) for options in (forward, backward))
-    inverse = _flat_factors(factors.value, layout) if direct and not isinstance(operator, DenseOperator) else None
+    inverse = _flat_factors(choice.factors, layout) if direct and not isinstance(operator, DenseOperator) else None
     problem = Problem(
         operator=main,
-        operator_adjoint=_adjoint_closure(operator, flat, batch_dims, side),
+        operator_adjoint=_adjoint_closure(operator, flat, batch_dims, side, vector, solution_layout),
         user_adjoint=operator.has_user_adjoint,
         linear=operator.known_linear,
-        preconditioner=None if preconditioner is None else side("M", preconditioner.apply),
+        preconditioner=None if preconditioner is None else side("M", preconditioner.apply, zero, solution_layout),
         preconditioner_adjoint=(
-            side("M", preconditioner.apply_adjoint) if preconditioner is not None and preconditioner.has_adjoint else None
+            side("M", preconditioner.apply_adjoint, zero, solution_layout)
+            if preconditioner is not None and preconditioner.has_adjoint
+            else None
         ),
-        adjoint_preconditioner=None if adjoint_preconditioner is None else side("M", adjoint_preconditioner.apply),
-        inverse=None if inverse is None else side("A.factorise()", inverse.solve),
-        inverse_adjoint=None if inverse is None else side("A.factorise()", inverse.solve_adjoint),
+        adjoint_preconditioner=None
+        if adjoint_preconditioner is None
+        else side("M", adjoint_preconditioner.apply, zero, solution_layout),
+        inverse=None if inverse is None else side("A.factorise()", inverse.solve, vector, layout),
+        inverse_adjoint=None if inverse is None else side("A.factorise()", inverse.solve_adjoint, vector, layout),
+        nullspace=None if singular is None else side("nullspace", singular.right.project(layout, vector), vector, layout),
+        left_nullspace=(
+            None if singular is None else side("left_nullspace", singular.left.project(layout, vector), vector, layout)
+        ),
         hermitian=operator.hermitian or forward.method.hermitian,
-        positive_definite=operator.positive_definite or forward.method.positive_definite,
+        positive_definite=(operator.positive_definite or forward.method.positive_definite) and singular is None,
         batch_dims=batch_dims,
         forward=forward,
         adjoint=backward,
         layout=layout,
-        callback=callback,
-        progress=progress,
-        history=history,
+        solution_layout=solution_layout,
+        callback=policy.callback,
+        progress=policy.progress,
+        history=policy.history,
         recordings=recordings,
+        **(dict(injective=False, onto=False) if singular is not None else least_squares),
     )
-    return Posed(problem, vector, guess, differentiate)
+    return Posed(problem, vector, guess, policy.differentiate)
 
 
 def with_flat_params(A: Any, params: Any) -> tuple[Any, tuple[Tensor, ...]]:
@@ -214,9 +268,9 @@ def right_hand_side(operator: LinearOperator, b: Tree, batch_dims: Any) -> tuple
     matrix = operator.matrix
     if not spec.is_leaf():
         raise TypeError(f"b: expected one Tensor for a Tensor A, got {type(b).__name__}")
-    n = matrix.shape[-1]
-    if first.ndim < 1 or first.shape[-1] != n:
-        raise ValueError(f"b: expected shape (..., {n}) for A of shape {tuple(matrix.shape)}, got {tuple(first.shape)}")
+    m = matrix.shape[-2]
+    if first.ndim < 1 or first.shape[-1] != m:
+        raise ValueError(f"b: expected shape (..., {m}) for A of shape {tuple(matrix.shape)}, got {tuple(first.shape)}")
     if matrix.device != first.device:
         raise ValueError(f"b: expected device {matrix.device} like A, got {first.device}")
     if real_dtype(matrix.dtype) != real_dtype(first.dtype):
@@ -231,7 +285,7 @@ def right_hand_side(operator: LinearOperator, b: Tree, batch_dims: Any) -> tuple
         ) from None
     if batch_dims not in (0, len(batch)):
         raise ValueError(f"batch_dims: a Tensor A and b have {len(batch)} batch dimensions, got batch_dims={batch_dims}")
-    return first.expand(*batch, n), len(batch)
+    return first.expand(*batch, m), len(batch)
 
 
 def _promoted(b: Tree, space: Tree) -> Tree:
@@ -253,22 +307,34 @@ def _promoted(b: Tree, space: Tree) -> Tree:
     return pytree.tree_unflatten(flat, pytree.tree_structure(space))
 
 
-def _guess(layout: Layout, x0: Tree, vector: Tensor) -> Tensor:
-    """The initial guess as a vector, checked against the solution's structure."""
-    leaves = layout.leaves(x0)
+def guess_leaves(name: str, layout: Layout, x: Tree) -> list[Tensor]:
+    """The leaves of an argument that is like the solution, checked, in the solution's dtype.
+
+    Raises:
+        TypeError: if it has not the structure of the solution.
+        ValueError: for a wrong shape, dtype or device.
+    """
+    leaves = layout.leaves(x)
     if leaves is None or not all(isinstance(leaf, Tensor) for leaf in leaves):
-        got = pytree.tree_map(lambda leaf: type(leaf).__name__, x0)
-        raise TypeError(f"x0: expected the structure of b, {layout.spec}, of Tensors, got {got}")
+        got = pytree.tree_map(lambda leaf: type(leaf).__name__, x)
+        raise TypeError(f"{name}: expected the structure of the solution, {layout.spec}, of Tensors, got {got}")
     for leaf, shape in zip(leaves, layout.shapes, strict=True):
         if leaf.layout != torch.strided:
-            raise ValueError(f"x0: expected a dense tensor, got layout {leaf.layout}")
+            raise ValueError(f"{name}: expected a dense tensor, got layout {leaf.layout}")
         if leaf.shape != shape:
-            raise ValueError(f"x0: expected shape {tuple(shape)} like the solution, got {tuple(leaf.shape)}")
+            raise ValueError(f"{name}: expected shape {tuple(shape)} like the solution, got {tuple(leaf.shape)}")
+        if leaf.dtype != layout.dtype and not (layout.dtype.is_complex and leaf.dtype == real_dtype(layout.dtype)):
+            raise ValueError(f"{name}: expected dtype {layout.dtype} like the solution, got {leaf.dtype}")
+    return [leaf.to(layout.dtype) for leaf in leaves]
+
+
+def _guess(layout: Layout, x0: Tree, vector: Tensor) -> Tensor:
+    """The initial guess as a vector, checked against the solution's structure."""
+    leaves = guess_leaves("x0", layout, x0)
+    for leaf in leaves:
         if leaf.device != vector.device:
             raise ValueError(f"x0: expected device {vector.device} like b, got {leaf.device}")
-        if leaf.dtype != vector.dtype and not (vector.is_complex() and leaf.dtype == real_dtype(vector.dtype)):
-            raise ValueError(f"x0: expected dtype {vector.dtype} like the solution, got {leaf.dtype}")
-    return layout.pack(pytree.tree_unflatten(leaves, layout.spec)).to(vector.dtype)
+    return layout.pack(pytree.tree_unflatten(leaves, layout.spec))
 
 
 def _adjoint_options(adjoint: Any) -> Mapping[str, Any]:
@@ -282,95 +348,61 @@ def _adjoint_options(adjoint: Any) -> Mapping[str, Any]:
     return adjoint
 
 
-def _krylov(operator: LinearOperator) -> Method[Any]:
-    """The iterative method for what is claimed of the operator."""
-    if operator.positive_definite:
-        return CG()
-    return MINRES() if operator.hermitian else GMRES()
-
-
-def check_method_name(name: str, method: str) -> None:
-    """Raise a ValueError that names the nearest method, where there is none of this name."""
-    if method not in METHODS:
-        raise ValueError(f"{name}: unknown method {method!r}{nearest(method, tuple(METHODS))}")
-
-
-class _Factors:
-    """The factorisation that an operator's structure gives, computed once and only if it is asked for."""
-
-    def __init__(self, operator: LinearOperator, differentiable: bool) -> None:
-        self.operator, self.differentiable = operator, differentiable
-
-    @functools.cached_property
-    def value(self) -> Factorisation | None:
-        if self.differentiable:  # unrolling goes through it
-            return self.operator.factorise()
-        with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
-            return self.operator.factorise()
-
-
-def _method(name: str, method: Any, operator: LinearOperator, M: Any, factors: _Factors) -> Method[Any]:
-    """The method object of a name, an object or None."""
-    dense = isinstance(operator, DenseOperator)
-    if method is None:
-        if M is None and (dense or factors.value is not None):
-            return Direct(positive_definite_matrix=operator.positive_definite)
-        return _krylov(operator)
-    if isinstance(method, str):
-        check_method_name(name, method)
-        method = Direct(positive_definite_matrix=operator.positive_definite) if method == "direct" else METHODS[method]()
-    if not isinstance(method, Method):
-        got = f"the class {method.__name__}; write {method.__name__}()" if isinstance(method, type) else type(method).__name__
-        raise TypeError(f"{name}: expected a name or a method object such as GMRES(restart=50), got {got}")
-    if isinstance(method, Direct):
-        if not dense and factors.value is None:
-            needed = "A as a dense Tensor or an operator whose structure allows it"
-            raise ValueError(f"{name}: 'direct' needs {needed}, got {operator.expression}")
-        if M is not None:
-            raise ValueError("M: a direct method takes no preconditioner; choose an iterative method or leave M out")
-    return method
-
-
-def _preconditioner(name: str, M: Any, b: Tree, vector: Tensor) -> LinearOperator:
+def _preconditioner(name: str, M: Any, x: Tree) -> LinearOperator:
+    """The preconditioner as an operator, checked against a vector of the solution's structure."""
     try:
         operator = aslinearoperator(M)
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace("A:", f"{name}:", 1)) from None
     if isinstance(operator, DenseOperator | SparseOperator):
-        matrix, n = operator.matrix, vector.shape[-1] if vector.ndim else 1
+        matrix, vector = operator.matrix, pytree.tree_leaves(x)[0]
+        n = vector.shape[-1] if vector.ndim else 1
         if matrix.shape[-2:] != (n, n):
             raise ValueError(f"{name}: expected a matrix of shape ({n}, {n}), got {tuple(matrix.shape)}")
         if matrix.dtype not in (vector.dtype, real_dtype(vector.dtype)):
             raise ValueError(f"{name}: expected dtype {vector.dtype} like b, got {matrix.dtype}")
         if matrix.device != vector.device:
             raise ValueError(f"{name}: expected device {vector.device} like b, got {matrix.device}")
-    elif operator.domain is not None and not spaces.agree(operator.domain, b):
+    elif operator.domain is not None and not spaces.agree(operator.domain, x):
         got = spaces.shapes(operator.domain)
-        raise ValueError(f"{name}: expected an operator on vectors {spaces.shapes(b)} like b, got one on {got}")
+        raise ValueError(f"{name}: expected an operator on vectors {spaces.shapes(x)} like b, got one on {got}")
     return operator
 
 
-def _flat(name: str, operator: LinearOperator, layout: Layout, with_params: bool = False) -> LinearOperator:
-    """The operator on packed vectors, which checks that a tree comes back with the structure it had."""
-    if layout.single:
+def _flat(
+    name: str, operator: LinearOperator, layout: Layout, codomain: Layout | None = None, with_params: bool = False
+) -> LinearOperator:
+    """The operator on packed vectors, which checks that a tree comes back with the structure that is due.
+
+    Args:
+        name: of the operator, for messages.
+        operator: on trees.
+        layout: of its domain.
+        codomain: that of its codomain, by default the same.
+        with_params: whether the function takes tensors after the vector.
+    """
+    codomain = layout if codomain is None else codomain
+    if layout.single and codomain.single:
         return operator
 
-    def packed(apply: Callable[..., Tree]) -> Callable[..., Tensor]:
+    def packed(apply: Callable[..., Tree], source: Layout, target: Layout) -> Callable[..., Tensor]:
         def function(v: Tensor, *params: Tensor) -> Tensor:
-            x = layout.unpack(v)
+            x = source.unpack(v)
             y = apply(x, *params)
-            leaves = layout.leaves(y)
+            leaves = target.leaves(y)
             if leaves is None:
                 got = pytree.tree_structure(y)
-                raise TypeError(f"{name}: expected {name}(v) to have the structure of v, {layout.spec}, got {got}")
-            for vx, vy in zip(pytree.tree_leaves(x), leaves, strict=True):
-                check_result(name, vx, vy)
-            return layout.pack(pytree.tree_unflatten(leaves, layout.spec))
+                what = "v" if source is target else "b"
+                raise TypeError(f"{name}: expected {name}(v) to have the structure of {what}, {target.spec}, got {got}")
+            due = pytree.tree_leaves(x if source is target else target.unpack(target.zero(v, source.batch_dims)))
+            for leaf, like in zip(leaves, due, strict=True):
+                check_result(name, like, leaf)
+            return target.pack(pytree.tree_unflatten(leaves, target.spec))
 
         return function
 
-    adjoint = packed(operator.apply_adjoint) if operator.has_adjoint else None
-    flat = LinearOperator(packed(operator.fn if with_params else operator.apply), adjoint=adjoint)
+    adjoint = packed(operator.apply_adjoint, codomain, layout) if operator.has_adjoint else None
+    flat = LinearOperator(packed(operator.fn if with_params else operator.apply, layout, codomain), adjoint=adjoint)
     flat.claims = operator.claims
     return flat
 
@@ -386,27 +418,34 @@ def _flat_factors(factors: Factorisation | None, layout: Layout) -> Factorisatio
     return Factorisation(packed(factors.solve), packed(factors.solve_adjoint))
 
 
-def _checked(name: str, apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _checked(name: str, apply: Callable[..., Tensor], target: Layout) -> Callable[..., Tensor]:
     """`apply`, whose result is checked when it is recorded; the loop checks every later one."""
 
     def function(v: Tensor, *params: Tensor) -> Tensor:
         y = apply(v, *params)
-        check_result(name, v, y)
+        check_result(
+            name, v, y, target.zero(v, target.batch_dims)
+        )  # made inside: to read a tensor from outside is to record it
         return y
 
     return function
 
 
-def _side_closure(name: str, apply: Callable[[Tensor], Tensor], *, vector: Tensor, record: bool) -> Closure:
+def _side_closure(name: str, apply: Callable[[Tensor], Tensor], vector: Tensor, target: Layout, *, record: bool) -> Closure:
     """A closure without derivatives (an adjoint, a preconditioner): recorded only where transforms hide its tensors."""
     if not record:
         return Closure(apply)
-    closure = Closure.record(_checked(name, apply), vector)
+    closure = Closure.record(_checked(name, apply, target), vector)
     return replace(closure, versions=(-1,) * len(closure.order))
 
 
 def _adjoint_closure(
-    operator: LinearOperator, flat: LinearOperator, batch_dims: int, side: Callable[..., Closure]
+    operator: LinearOperator,
+    flat: LinearOperator,
+    batch_dims: int,
+    side: Callable[..., Closure],
+    vector: Tensor,
+    target: Layout,
 ) -> Closure | None:
     """`v -> A^H v` where it is written down; None where autograd is to derive it, or `A` itself serves."""
     if operator.hermitian or not flat.has_adjoint:
@@ -414,4 +453,4 @@ def _adjoint_closure(
     if isinstance(operator, DenseOperator):
         with torch.autograd.forward_ad._set_fwd_grad_enabled(False):
             return MatrixClosure.of(operator.matrix.detach().mH, batch_dims)
-    return side("A", flat.apply_adjoint)
+    return side("A", flat.apply_adjoint, vector, target)

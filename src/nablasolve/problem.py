@@ -24,6 +24,8 @@ CLOSURES = (
     "adjoint_preconditioner",
     "inverse",
     "inverse_adjoint",
+    "nullspace",
+    "left_nullspace",
 )
 
 
@@ -41,7 +43,7 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A linear system without its numbers: everything that a solve needs beside the tensors.
+    """A linear system or least-squares problem without its numbers: everything that a solve needs beside the tensors.
 
     The tensors travel beside it, so that autograd and `torch.func` see them: `given` holds one tensor for each one
     recorded by the closures, in their order.
@@ -53,6 +55,13 @@ class Problem:
         preconditioner_adjoint: the user's `r -> M^H r`, or None to derive it.
         adjoint_preconditioner: the approximate inverse of `A^H` of `adjoint=dict(M=...)`, or None.
         inverse, inverse_adjoint: `r -> A^{-1} r` and `r -> A^{-H} r` to rounding, where a structure gives them, or None.
+        nullspace, left_nullspace: the orthogonal projections onto the nullspaces of `A` and of `A^H`, of a square singular
+            system whose nullspaces are given; else None.
+        least_squares: whether `min |A x - b|` is asked, with the minimum-norm `x`, rather than `A x = b`.
+        injective: whether `A x = 0` is known to hold for `x = 0` only, near the given tensors too.
+        onto: whether `A` is known to reach every `b`, likewise.
+        data: how many entries of `b`, the first ones, are data; those after them belong to a damping.
+        dual: whether the `q` with `x = A^H q` is wanted, where the method finds it on its way.
         hermitian: whether `A` is claimed Hermitian.
         positive_definite: whether it is claimed positive definite.
         batch_dims: the number of leading dimensions that count systems.
@@ -63,7 +72,8 @@ class Problem:
         known: whether the guess is the solution already, which only has to be attached to the graph.
         user_adjoint: whether the adjoint rests on a function of the user.
         linear: whether `A` is known to be linear, as it is not if it is a function of the user.
-        layout: how the user's tree lies in a vector.
+        layout: how the user's right-hand side lies in a vector.
+        solution_layout: how the solution does.
         records: where the record of the solve is left.
         adjoint_records: where the record of the adjoint solve will be left.
     """
@@ -75,12 +85,20 @@ class Problem:
     adjoint_preconditioner: Closure | None
     inverse: Closure | None
     inverse_adjoint: Closure | None
+    nullspace: Closure | None
+    left_nullspace: Closure | None
     hermitian: bool
     positive_definite: bool
     batch_dims: int
     forward: Options
     adjoint: Options
     layout: Layout
+    solution_layout: Layout
+    least_squares: bool = False
+    injective: bool = True
+    onto: bool = True
+    data: int | None = None
+    dual: bool = False
     callback: Callable[[Any], Any] | None = None
     progress: bool = False
     history: bool = False
@@ -106,8 +124,19 @@ class Problem:
     @property
     def H(self) -> Problem:
         """The adjoint problem, `A^H y = c`."""
-        records = [] if self.transposed else self.adjoint_records
-        return replace(self, transposed=not self.transposed, derived=True, records=records, adjoint_records=[])
+        return replace(
+            self,
+            transposed=not self.transposed,
+            derived=True,
+            records=[] if self.transposed else self.adjoint_records,
+            adjoint_records=[],
+            layout=self.solution_layout,
+            solution_layout=self.layout,
+            injective=self.onto,
+            onto=self.injective,
+            data=None,
+            dual=False,
+        )
 
     def solved_by(self, method: Method[Any]) -> Problem:
         """The same problem for another method."""
@@ -116,8 +145,9 @@ class Problem:
 
     @property
     def tangent(self) -> Problem:
-        """The same problem for another right-hand side, as forward-mode derivatives ask it."""
-        return replace(self, derived=True, history=False, records=[], adjoint_records=[])
+        """The same problem for another right-hand side, as derivatives ask it: whose failure is that of a derivative."""
+        forward = replace(self.forward, on_failure=self.adjoint.on_failure)
+        return replace(self, forward=forward, derived=True, history=False, records=[], adjoint_records=[], dual=False)
 
     # -- the tensors -----------------------------------------------------------------------------------------------
 
@@ -155,4 +185,5 @@ class Problem:
         operator_given = self.split(given)["operator"]
         if not self.transposed:
             return self.operator.apply(v, operator_given)
-        return pull_back(lambda z: self.operator.apply(z, operator_given), v)
+        zero = self.layout.zero(v, self.batch_dims)  # of the domain of A, in which the right-hand side of this problem lies
+        return pull_back(lambda z: self.operator.apply(z, operator_given), v, zero)

@@ -9,6 +9,7 @@ Methods are written once for both.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -81,6 +82,10 @@ class Space(ABC):
     def scale(self, a: Scalar, x: Tensor) -> Tensor:
         """`a x`, a new tensor, zero where `a` is zero whatever `x` holds."""
 
+    @abstractmethod
+    def rescale(self, a: Scalar, x: Tensor) -> Tensor:
+        """`a x`, written over `x` where updates are in place."""
+
     def real_dot(self, x: Tensor, y: Tensor) -> Scalar:
         """The real part of `x^H y`."""
         return self.dot(x, y).real
@@ -145,6 +150,14 @@ class Space(ABC):
         phase = self.where(size > 0, self.ratio(a, size), 1.0)
         return c, self.ratio(phase * b, magnitude), phase * magnitude
 
+    def givens(self, a: Scalar, b: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+        """The rotation of two real scalars: `(c, s, rho)` with `rho = sqrt(a^2 + b^2)`, `a = c rho` and `b = s rho`.
+
+        `c = 1, s = 0` where both vanish.
+        """
+        rho = self.sqrt(a * a + b * b)
+        return self.where(rho > 0, self.ratio(a, rho), 1.0), self.ratio(b, rho), rho
+
     def abs2(self, a: Scalar) -> Scalar:
         """The squared modulus."""
         return (a * self.conj(a)).real
@@ -169,7 +182,7 @@ class HostSpace(Space):
         return torch.vdot(self._flat(x), self._flat(y)).item()
 
     def norm(self, x: Tensor) -> Scalar:
-        return torch.linalg.vector_norm(x, dtype=self.wide).item()
+        return torch.linalg.vector_norm(x, dtype=self.wide if self.widen else None).item()
 
     def axpy(self, a: Scalar, x: Tensor, y: Tensor) -> Tensor:
         return y.add_(x, alpha=a)
@@ -179,6 +192,9 @@ class HostSpace(Space):
 
     def scale(self, a: Scalar, x: Tensor) -> Tensor:
         return x * a if a != 0 else torch.zeros_like(x, memory_format=torch.contiguous_format)
+
+    def rescale(self, a: Scalar, x: Tensor) -> Tensor:
+        return x.mul_(a)
 
     def ratio(self, numerator: Scalar, denominator: Scalar, where: Scalar = True) -> Scalar:
         # (the comparison below fails for NaN; the parts are looked at because the modulus of a finite number may overflow)
@@ -244,6 +260,9 @@ class TensorSpace(Space):
     def scale(self, a: Scalar, x: Tensor) -> Tensor:
         a = self._spread(a, x)
         return torch.where(a != 0, x * a, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def rescale(self, a: Scalar, x: Tensor) -> Tensor:
+        return x.mul_(self._spread(a, x)) if self.in_place else x * self._spread(a, x)
 
     def ratio(self, numerator: Scalar, denominator: Scalar, where: Scalar = True) -> Scalar:
         usable = (denominator != 0) & torch.isfinite(denominator.abs()) & where
@@ -381,23 +400,39 @@ def precise_norm(x: Tensor, batch_dims: int) -> Tensor:
 class Layout:
     """How the user's right-hand side, a tensor or a pytree of tensors, lies in one vector.
 
-    A single tensor passes as it is. Several leaves are packed into one buffer of shape `(*batch, n)`.
+    A single tensor passes as it is. Several leaves are packed into one buffer of shape `(*batch, n)`, which is complex if one
+    of them is; `real` says which of them are not.
     """
 
     spec: Any
     shapes: tuple[torch.Size, ...]
     batch_dims: int
+    dtype: torch.dtype
+    real: tuple[bool, ...] = ()
 
     @classmethod
     def of(cls, tree: Any, batch_dims: int) -> Layout:
         """The layout of `tree`, whose leaves are tensors."""
         leaves, spec = pytree.tree_flatten(tree)
-        return cls(spec, tuple(leaf.shape for leaf in leaves), batch_dims)
+        dtype = functools.reduce(torch.promote_types, (leaf.dtype for leaf in leaves))
+        real = tuple(not leaf.is_complex() and dtype.is_complex for leaf in leaves)
+        return cls(spec, tuple(leaf.shape for leaf in leaves), batch_dims, dtype, real)
 
     @property
     def single(self) -> bool:
         """Whether the vector is the user's own tensor."""
         return bool(self.spec.is_leaf())
+
+    @property
+    def vector_shape(self) -> tuple[int, ...]:
+        """The shape of a vector without its batch dimensions."""
+        if self.single:
+            return tuple(self.shapes[0][self.batch_dims :])
+        return (sum(math.prod(shape[self.batch_dims :]) for shape in self.shapes),)
+
+    def zero(self, like: Tensor, batch_dims: int) -> Tensor:
+        """The zero vector for the systems, of `batch_dims` batch dimensions, of another one, on its device."""
+        return like.new_zeros((*like.shape[:batch_dims], *self.vector_shape), dtype=self.dtype)
 
     def leaves(self, tree: Any) -> list[Any] | None:
         """The leaves of a tree with this structure, dictionaries read by key; None for another structure."""
@@ -424,7 +459,7 @@ class Layout:
         parts = vector.split(sizes, dim=-1)
         # inside vmap and for broadcast batches the vector's own batch shape is the one that holds
         leaves = [
-            part.reshape((*vector.shape[:-1], *shape[self.batch_dims :]))
-            for part, shape in zip(parts, self.shapes, strict=True)
+            (part.real if real else part).reshape((*vector.shape[:-1], *shape[self.batch_dims :]))
+            for part, shape, real in zip(parts, self.shapes, self.real, strict=True)
         ]
         return pytree.tree_unflatten(leaves, self.spec)

@@ -3,6 +3,9 @@
 A method never sees the user's problem. It solves the *correction equation* `A d = r` from `d = 0`, where `|r| = 1`
 (or `r = 0`, for a system of a batch that is already solved), until `|r - A d| <= target`. The loop in `drive.py`
 scales, restarts, certifies and stops; so every method is free of scales, of initial guesses and of policies.
+
+A *least-squares* method solves `min |r - A d|` for an `A` of any shape, with the minimum-norm `d` where several do it. It is
+given `A^H` as well, and its state estimates `|A^H (r - A d)|` and `|A|`, on which the loop stops where `r` cannot be reached.
 """
 
 from __future__ import annotations
@@ -38,6 +41,10 @@ class Correction:
         kept: what an earlier solve with the same `A` or its adjoint left (`Method.keep`).
         adjoint_of_kept: whether `kept` belongs to the adjoint of `A`.
         inverse: `r -> A^{-1} r` to rounding, where the structure of `A` gives it; else None.
+        adjoint: `u -> A^H u`, for a least-squares method; else None.
+        left_preconditioner: for a consistent least-squares problem, `r -> M r`, in whose norm the residual is measured; else
+            None. (Here `preconditioner` is one of the domain, `M s ≈ (A^H A)^{-1} s`. Both are Hermitian positive definite.)
+        dual: whether a least-squares method is to find the `q` with `d = A^H q` as well.
     """
 
     space: Space
@@ -50,6 +57,9 @@ class Correction:
     kept: tuple[Tensor, ...] = ()
     adjoint_of_kept: bool = False
     inverse: Callable[[Tensor], Tensor] | None = None
+    adjoint: Callable[[Tensor], Tensor] | None = None
+    left_preconditioner: Callable[[Tensor], Tensor] | None = None
+    dual: bool = False
 
     def precondition(self, r: Tensor) -> Tensor:
         """`M r`, or `r` itself where there is no preconditioner."""
@@ -89,6 +99,21 @@ class State:
         return self.problem.space.ratio(numerator, denominator, self.running)
 
 
+@dataclass(eq=False)
+class LeastSquaresState(State):
+    """What the state of every least-squares method holds beside: the estimates that its stopping rests on.
+
+    Attributes:
+        normal_norm: `|A^H (r - A d)|`; infinite for a method that solves consistent systems only.
+        norm_A: `|A|`, from below in the Frobenius norm.
+        cond_A: the condition number of `A` on the subspace that was searched, from below; 0 where the method has none.
+    """
+
+    normal_norm: Scalar
+    norm_A: Scalar
+    cond_A: Scalar
+
+
 S = TypeVar("S", bound=State)
 
 
@@ -99,11 +124,15 @@ class Method(ABC, Generic[S]):
         name: the lower-case public name.
         hermitian: whether asking for the method claims that `A` is Hermitian.
         positive_definite: whether it claims that `A` is Hermitian positive definite.
+        least_squares: whether it solves least-squares problems, and its state is a `LeastSquaresState`.
+        direct: whether it factorises rather than iterates.
     """
 
     name: ClassVar[str]
     hermitian: ClassVar[bool] = False
     positive_definite: ClassVar[bool] = False
+    least_squares: ClassVar[bool] = False
+    direct: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, problem: Correction) -> S:
@@ -119,6 +148,10 @@ class Method(ABC, Generic[S]):
 
     def direction(self, state: S) -> Tensor | None:
         """The direction in which the method met zero curvature, where it has one: perhaps a null vector of `A`."""
+        return None
+
+    def dual(self, state: S) -> Tensor | None:
+        """The `q` with `d = A^H q`, a tensor that the caller owns; None where the method does not find it."""
         return None
 
     def keep(self, state: S) -> tuple[Tensor, ...]:

@@ -38,6 +38,7 @@ class Direct(Method[DirectState]):
 
     positive_definite_matrix: bool = False
     name: ClassVar[str] = "direct"
+    direct: ClassVar[bool] = True
 
     def init(self, problem: Correction) -> DirectState:
         norm, status = initial_status(problem)

@@ -1,0 +1,276 @@
+"""From the arguments of `lstsq` to a problem: damping, weights and a prior centre become a plain least-squares problem.
+
+    min sum_i w_i |(A x - b)_i|^2 + λ^2 |L (x - x_ref)|^2   =   min |B y - c|^2,   x = x_ref + y,
+
+    B = ( sqrt(w) A )     c = ( sqrt(w) (b - A x_ref) )
+        (   λ L     ),        (          0            ).
+
+Every derivative is that of the pseudo-inverse of `B`, whose tensors are those of `A` and `L`, and the weights and λ.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .graph import tracks_anywhere
+from .operators import DenseOperator, LinearOperator, aslinearoperator, spaces
+from .operators.algebra import add, map_leaves
+from .pose import Policy, Posed, Tree, guess_leaves, posed, right_hand_side, with_flat_params
+from .vectors import Layout, any_true, real_dtype
+
+
+def pose_least_squares(
+    A: Any,
+    b: Tree,
+    policy: Policy,
+    *,
+    damp: Any,
+    weight: Any,
+    x_ref: Tree,
+    domain: Tree,
+    batch_dims: int,
+    params: Sequence[Any],
+) -> tuple[Posed, Tree]:
+    """The problem that the arguments of `lstsq` ask, and what is to be added to its solution (`x_ref`, or None).
+
+    Raises:
+        TypeError: for an argument of the wrong type or an unknown option.
+        ValueError: for a wrong shape, dtype, device or value.
+        RuntimeError: if `A` depends on a tensor that needs a gradient and cannot be found.
+    """
+    A, params = with_flat_params(A, params)
+    if params and (not callable(A) or isinstance(A, Tensor | LinearOperator)):
+        raise TypeError(f"params: needs A as a function A(v, *params), got {type(A).__name__}")
+    operator = aslinearoperator(A).for_one_solve()
+    b, batch_dims = right_hand_side(operator, b, batch_dims)
+    layout = Layout.of(_example(operator, b, batch_dims, domain, policy.x0, x_ref), batch_dims)
+    injective, onto = operator.claims.full_column_rank, operator.claims.full_row_rank
+    shift = None
+    if x_ref is not None:
+        shift = pytree.tree_unflatten(guess_leaves("x_ref", layout, x_ref), layout.spec)
+        image = operator.fn(shift, *params) if params else operator.apply(shift)
+        b = map_leaves(torch.sub, b, image)
+    if weight is not None:
+        root = _square_root(weight, b)
+        positive = not any(any_true(leaf == 0) for leaf in pytree.tree_leaves(root))
+        injective, onto = injective and positive, onto and positive
+        operator, b = _weighted(operator, b, root, bool(params))
+    data = math.prod(Layout.of(b, batch_dims).vector_shape)
+    lam, L = _damping(damp, b, batch_dims)
+    if lam is not None:
+        definite = not any_true(lam == 0) and (L is None or L.claims.full_column_rank)
+        injective, onto = injective or definite, False
+        operator, b = _damped(operator, b, layout, lam, L, bool(params))
+    if policy.M is not None and not injective:
+        raise ValueError(
+            "M: a preconditioner changes which of several minimisers is found, so that A has to have full column rank: claim "
+            "full_rank=True, or give damp"
+        )
+    underdetermined = math.prod(layout.vector_shape) > math.prod(Layout.of(b, batch_dims).vector_shape)
+    if policy.x0 is not None:
+        guess = pytree.tree_unflatten(guess_leaves("x0", layout, policy.x0), layout.spec)
+        if shift is not None:
+            guess = map_leaves(torch.sub, guess, shift)
+        # of several minimisers the shortest is asked, and whatever of x0 lies in the nullspace would stay
+        policy = replace(policy, x0=None if underdetermined and not injective else guess)
+    problem = posed(
+        operator, b, batch_dims, params, policy, layout, least_squares=True, injective=injective, onto=onto,
+        data=data if lam is not None else None, dual=policy.differentiate and underdetermined and not injective,
+    )  # fmt: skip
+    return problem, shift
+
+
+def _example(operator: LinearOperator, b: Tree, batch_dims: int, domain: Tree, x0: Tree, x_ref: Tree) -> Tree:
+    """A vector of the domain, of `b`'s dtype unless the operator maps real vectors to complex ones.
+
+    Raises:
+        TypeError: if `domain` is no tensor or pytree of tensors.
+        ValueError: if the domain is not known, or the example does not fit `b` or the operator.
+    """
+    known, first = operator.domain, pytree.tree_leaves(b)[0]
+    given = next(((name, t) for name, t in (("domain", domain), ("x0", x0), ("x_ref", x_ref)) if t is not None), None)
+    real = known is not None and spaces.is_complex(operator.codomain) and not spaces.is_complex(known)
+    dtype = real_dtype(first.dtype) if real else first.dtype
+    if given is not None:
+        name, example = given
+        leaves = pytree.tree_leaves(spaces.space_of(name, example))
+        if known is not None and not spaces.agree(known, example):
+            raise ValueError(
+                f"{name}: expected shape {spaces.shapes(known)} like the domain of A, got {spaces.shapes(example)}"
+            )
+        for leaf in leaves:
+            if leaf.shape[:batch_dims] != first.shape[:batch_dims]:
+                expected = f"{tuple(first.shape[:batch_dims])} like b"
+                raise ValueError(f"{name}: expected the batch dimensions {expected}, got shape {tuple(leaf.shape)}")
+        known = example
+    elif known is None and operator.hermitian:
+        known = b
+    elif known is None:
+        raise ValueError(
+            "domain: the shape of x cannot be known from a function alone; give domain= an example of x, or x0, or give A as "
+            "nablasolve.LinearOperator(A, domain=...)"
+        )
+    batch = spaces.batch_shape(b, operator.codomain) if given is None and _any_batch(operator.codomain) else torch.Size()
+
+    def zero(leaf: Any) -> Tensor:
+        shape = (*batch, *leaf.example.shape) if isinstance(leaf, spaces.AnyBatch) else leaf.shape
+        result: Tensor = first.new_zeros(shape, dtype=dtype)
+        return result
+
+    return pytree.tree_map(zero, known)
+
+
+def _any_batch(space: Tree) -> bool:
+    return space is not None and all(isinstance(leaf, spaces.AnyBatch) for leaf in pytree.tree_leaves(space))
+
+
+# -- weights -------------------------------------------------------------------------------------------------------
+
+
+def _square_root(weight: Tree, b: Tree) -> Tree:
+    """The roots of the weights, one real tensor a leaf of `b`.
+
+    Raises:
+        TypeError: if `weight` is no tensor, or has not the structure of `b`.
+        ValueError: for a complex, negative or infinite weight, one that does not broadcast, or one whose gradient is lost.
+    """
+
+    def root(w: Any, leaf: Tensor) -> Tensor:
+        if not isinstance(w, Tensor):
+            raise TypeError(f"weight: expected a Tensor for each one of b, got {type(w).__name__}")
+        if w.dtype != real_dtype(leaf.dtype):
+            raise ValueError(f"weight: expected dtype {real_dtype(leaf.dtype)} like b, got {w.dtype}")
+        try:
+            fits = torch.broadcast_shapes(w.shape, leaf.shape) == leaf.shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"weight: expected a shape that broadcasts to {tuple(leaf.shape)} of b, got {tuple(w.shape)}")
+        if any_true(~(w >= 0) | ~torch.isfinite(w)):
+            raise ValueError("weight: expected finite numbers of at least 0, got a negative one, NaN or Inf")
+        if tracks_anywhere(w) and any_true(w == 0):
+            raise ValueError(
+                "weight: its gradient at a weight of 0 is lost, because the square root has none there: detach the weights, or "
+                "keep them above 0"
+            )
+        return w.sqrt()
+
+    layout = Layout.of(b, 0)
+    leaves = layout.leaves(weight)
+    if leaves is None:
+        raise TypeError(f"weight: expected the structure of b, {layout.spec}, got {pytree.tree_structure(weight)}")
+    roots = [root(w, leaf) for w, leaf in zip(leaves, pytree.tree_leaves(b), strict=True)]
+    return pytree.tree_unflatten(roots, layout.spec)
+
+
+def _weighted(operator: LinearOperator, b: Tree, root: Tree, with_params: bool) -> tuple[LinearOperator, Tree]:
+    """`sqrt(w) A` and `sqrt(w) b`."""
+    scaled = map_leaves(torch.mul, b, root)
+    if isinstance(operator, DenseOperator):
+        return DenseOperator(
+            operator.matrix * root.expand(torch.broadcast_shapes(root.shape, b.shape[-1:])).unsqueeze(-1)
+        ), scaled
+
+    def fn(v: Tree, *params: Tensor) -> Tree:
+        return map_leaves(torch.mul, operator.fn(v, *params) if params else operator.apply(v), root)
+
+    def adjoint(y: Tree) -> Tree:
+        return operator.apply_adjoint(map_leaves(torch.mul, y, root))
+
+    return _Built((operator,), fn, None if with_params or not operator.has_adjoint else adjoint), scaled
+
+
+# -- damping -------------------------------------------------------------------------------------------------------
+
+
+def _damping(damp: Any, b: Tree, batch_dims: int) -> tuple[Tensor | None, LinearOperator | None]:
+    """λ as a tensor that multiplies the vectors, None for no damping, and `L`, None for the identity.
+
+    Raises:
+        TypeError: if `damp` is neither a real number, a real tensor, nor a pair of one and an operator.
+        ValueError: if it is not finite, or of a wrong shape, dtype or device.
+    """
+    L = None
+    if isinstance(damp, tuple | list):
+        if len(damp) != 2:
+            raise TypeError(f"damp: expected a number, a Tensor or a pair (number, operator), got {len(damp)} items")
+        damp, L = damp
+        L = aslinearoperator(L).for_one_solve()
+    first = pytree.tree_leaves(b)[0]
+    if isinstance(damp, Tensor):
+        batch = tuple(first.shape[:batch_dims])
+        if damp.is_complex() or not damp.is_floating_point():
+            raise TypeError(f"damp: expected a real floating-point tensor, got {damp.dtype}")
+        if damp.ndim and tuple(damp.shape) != batch:
+            raise ValueError(f"damp: expected a 0-d tensor or one of the batch shape {batch}, got shape {tuple(damp.shape)}")
+        if damp.device != first.device and damp.ndim:
+            raise ValueError(f"damp: expected device {first.device} like b, got {damp.device}")
+        lam = damp.to(device=first.device, dtype=real_dtype(first.dtype))
+        if any_true(~torch.isfinite(lam)):
+            raise ValueError("damp: expected finite numbers, got NaN or Inf")
+        return lam, L
+    if isinstance(damp, bool) or not isinstance(damp, numbers.Real):
+        raise TypeError(f"damp: expected a real number, a real Tensor or a pair (number, operator), got {type(damp).__name__}")
+    if not math.isfinite(damp):
+        raise ValueError(f"damp: expected a finite number, got {damp!r}")
+    return (None if damp == 0 else first.new_full((), float(damp), dtype=real_dtype(first.dtype))), L
+
+
+def _damped(
+    operator: LinearOperator, b: Tree, layout: Layout, lam: Tensor, L: LinearOperator | None, with_params: bool
+) -> tuple[LinearOperator, Tree]:
+    """`(A, λ L)` and `(b, 0)`."""
+    if isinstance(operator, DenseOperator) and (L is None or isinstance(L, DenseOperator)):
+        matrix, n = operator.matrix, operator.matrix.shape[-1]
+        lower = torch.eye(n, dtype=matrix.dtype, device=matrix.device) if L is None else L.matrix
+        lower = lam[..., None, None] * lower
+        batch = torch.broadcast_shapes(matrix.shape[:-2], lower.shape[:-2])
+        dtype = torch.promote_types(matrix.dtype, lower.dtype)
+        blocks = [block.to(dtype).expand(*batch, *block.shape[-2:]) for block in (matrix, lower)]
+        return DenseOperator(torch.cat(blocks, dim=-2)), torch.cat([b, b.new_zeros(*b.shape[:-1], lower.shape[-2])], dim=-1)
+
+    def times(v: Tree) -> Tree:
+        return map_leaves(lambda leaf: lam.reshape(lam.shape + (1,) * (leaf.ndim - lam.ndim)) * leaf, v)
+
+    def fn(v: Tree, *params: Tensor) -> Tree:
+        return operator.fn(v, *params) if params else operator.apply(v), times(v if L is None else L.apply(v))
+
+    def adjoint(y: Tree) -> Tree:
+        below = times(y[1])
+        return map_leaves(add, operator.apply_adjoint(y[0]), below if L is None else L.apply_adjoint(below))
+
+    parts: tuple[LinearOperator, ...] = (operator,) if L is None else (operator, L)
+    written = not with_params and all(part.has_adjoint for part in parts)
+    zero = layout.unpack(layout.zero(pytree.tree_leaves(b)[0], layout.batch_dims))
+    if L is not None:
+        with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
+            zero = map_leaves(torch.zeros_like, L(zero))
+    return _Built(parts, fn, adjoint if written else None), (b, zero)
+
+
+class _Built(LinearOperator):
+    """An operator that is written in terms of others."""
+
+    def __init__(self, parts: tuple[LinearOperator, ...], fn: Callable[..., Any], adjoint: Callable[..., Any] | None) -> None:
+        super().__init__(fn, adjoint=adjoint)
+        self.parts = parts
+
+    @property
+    def has_user_adjoint(self) -> bool:
+        return any(part.has_user_adjoint for part in self.parts)
+
+    @property
+    def has_adjoint(self) -> bool:
+        return self.adjoint_fn is not None
+
+    @property
+    def known_linear(self) -> bool:
+        return all(part.known_linear for part in self.parts)
