@@ -468,7 +468,7 @@ CLAIMS = {
     "conj of a function": (lambda: LinearOperator(abs, positive_definite=True).conj(), DEFINITE),
     "H of i hermitian": (lambda: (1j * H).H, NONE),
     "gram": (lambda: G.gram(), HERMITIAN),
-    "gram of definite": (lambda: D.gram(), HERMITIAN),
+    "gram of definite": (lambda: D.gram(), DEFINITE),
     "gram, damped": (lambda: G.gram(0.1), DEFINITE),
     "gram, damped by less than 0": (lambda: G.gram(-0.1), DEFINITE),
     "gram, damped by NumPy": (lambda: G.gram(np.float64(0.1)), DEFINITE),

@@ -19,7 +19,7 @@ from torch import Tensor
 from .closure import is_wrapped
 from .info import ConvergenceError, ConvergenceWarning, SolveInfo, Status
 from .methods.base import CLAIMED, CYCLE_END, RUNNING
-from .vectors import Space, flatten, precise_norm
+from .vectors import Space, divide, flatten, precise_norm, times
 
 # A restart from the true residual is worth its price while it gains at least this factor.
 WORTHWHILE_GAIN = 0.5
@@ -264,7 +264,7 @@ def _outside_range(
         found = found | (failed & null & (_wide(abs(space.dot(q, u)), u) > noise * norm_q))
         if step == steps or not space.any(failed & exhausted & ~null & (norm_q > eps)):
             return found
-        p = s + _times(norm_s / norm_old, p)
+        p = s + times(norm_s / norm_old, p)
         w, norm_w = _unit(A(p), batch_dims)
         norm_A = torch.maximum(norm_A, norm_w / precise_norm(p, batch_dims))
         q, norm_old = space.axpy(-space.dot(w, q), w, q), norm_s
@@ -281,16 +281,11 @@ def _wide(scalar: Any, like: Tensor) -> Tensor:
     return torch.as_tensor(scalar, dtype=torch.float64, device=like.device)
 
 
-def _times(a: Tensor, x: Tensor) -> Tensor:
-    """`a x`, one float64 scalar a system."""
-    return (a.reshape(a.shape + (1,) * (x.ndim - a.ndim)) * x).to(x.dtype)
-
-
 def _unit(x: Tensor, batch_dims: int) -> tuple[Tensor, Tensor]:
     """`x / |x|`, zero for a zero `x`, and `|x|`."""
     norm = precise_norm(x, batch_dims)
     size = torch.where(norm > 0, norm, 1.0)
-    return (x / size.reshape(size.shape + (1,) * (x.ndim - size.ndim))).to(x.dtype), norm
+    return divide(x, size), norm
 
 
 def enforce(on_failure: str, phase: str, x: Any, info: SolveInfo) -> None:

@@ -16,7 +16,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -320,6 +320,8 @@ def gcv(
         raise ValueError(f"probes: expected at least 1, got {probes}")
     sweep = _Sweep.over(A, b, damps, steps, domain)
     trace = _Trace.of(sweep, probes, seed)
+    if damps is None and trace.resolved > float(sweep.damps[0]):
+        sweep = replace(sweep, damps=sweep.whole.grid(trace.resolved))
     m = sweep.products.m
 
     def score(projection: Projection, trace: _Trace) -> Callable[[Tensor], Tensor]:
@@ -331,7 +333,7 @@ def gcv(
     if sweep.part is not None or trace.part is not None:
         coarse = score(sweep.part or sweep.whole, trace.part or trace)
         other = _maximiser(lambda damps: -coarse(damps), sweep.damps)[0]
-    converged = sweep.judge("gcv", "minimum", damp, inside, other)
+    converged = sweep.judge("gcv", "minimum", damp, inside, other, trace.part is not None)
     return GCV(criterion=function(sweep.damps), converged=converged, exact_trace=trace.exact, **sweep.report(damp))
 
 
@@ -363,20 +365,24 @@ class _Sweep:
             raise ValueError("b: it is orthogonal to the range of A (A^H b = 0), so that every damp gives x = 0")
         whole, part = process.projections()
         if damps is None:
-            damps = whole.default_damps(process.eps, process.exhausted)
+            # A decade below the smallest singular value nothing is damped. But a projection that can still grow has smaller ones to
+            # come, and is not yet the problem below its smallest.
+            smallest = float(whole.sigma[-1]) / (10 if process.exhausted else 1)
+            damps = whole.grid(whole.norm_A * max(smallest, USEFUL * process.eps))
         return cls(products, process, whole, part, damps)
 
-    def judge(self, name: str, what: str, damp: float, inside: bool, other: float | None) -> bool:
+    def judge(
+        self, name: str, what: str, damp: float, inside: bool, other: float | None, probes_can_grow: bool = False
+    ) -> bool:
         """Whether the choice can be relied on; a warning says why not. `other` is the choice from fewer steps."""
         complaint = ""
         if other is not None and not abs(other - damp) <= SETTLED * damp:
-            steps = self.process.steps
-            complaint = (
-                f"the {what} moved from {other:.3g} to {damp:.3g} with the last quarter of the {steps} steps: raise steps"
-            )
+            moved = f"the {what} moved from {other:.3g} to {damp:.3g}"
+            complaint = f"{moved} with the last quarter of the {self.process.allowed} steps: raise steps"
         if not inside:
             low, high = float(self.damps[0]), float(self.damps[-1])
-            remedy = "give damps of a wider range" + ("" if self.process.exhausted else ", or raise steps")
+            can_grow = probes_can_grow or not self.process.exhausted
+            remedy = "give damps of a wider range" + (", or raise steps" if can_grow else "")
             complaint = f"there is no {what} inside of the range of λ, {low:.3g} to {high:.3g}: {remedy}"
         if complaint:
             # 5: past this method, the function, its context and its check of options
@@ -530,15 +536,9 @@ class Projection:
             if not step > 4 * torch.finfo(torch.float64).eps * inverse:
                 return self.norm_A / math.sqrt(inverse)
 
-    def default_damps(self, eps: float, exhausted: bool) -> Tensor:
-        """The grid over the range in which damping changes something.
-
-        A decade above the largest singular value nothing is left of the solution. A decade below the smallest nothing is
-        damped; but a projection that can still grow has smaller ones to come, and is not yet the problem below its smallest.
-        """
-        smallest = float(self.sigma[-1]) / (10 if exhausted else 1)
-        low, high = max(smallest, USEFUL * eps) * self.norm_A, 10 * self.norm_A
-        return torch.logspace(math.log10(low), math.log10(high), DAMPS, dtype=torch.float64)
+    def grid(self, low: float) -> Tensor:
+        """The default λ from a smallest one up to a decade above the norm of `A`, where nothing is left of the solution."""
+        return torch.logspace(math.log10(low), math.log10(10 * self.norm_A), DAMPS, dtype=torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -551,6 +551,7 @@ class _Trace:
         outside: the number of all other dimensions.
         probes: the problems projected from unit vectors in these; None for one that `A^H` maps to zero.
         part: the same with fewer steps for the probes, where they can still grow.
+        resolved: the smallest λ that these resolve, 0 where they cannot grow.
         exact: whether nothing is estimated.
     """
 
@@ -559,6 +560,7 @@ class _Trace:
     outside: int
     probes: tuple[Projection | None, ...] = ()
     part: _Trace | None = None
+    resolved: float = 0.0
     exact: bool = False
 
     @classmethod
@@ -578,10 +580,10 @@ class _Trace:
             signs = 2 * torch.randint(0, 2, (m,), generator=generator) - 1
             run = _Process.run(products, _new_vector(process.U, signs.to(process.U[0]))[0], process.allowed)
             pairs.append((None, None) if run is None else run.projections())
-        part = None
-        if any(shorter is not None for _, shorter in pairs):
-            part = cls(sigma, ones, outside, tuple(shorter or whole for whole, shorter in pairs))
-        return cls(sigma, ones, outside, tuple(whole for whole, _ in pairs), part)
+        growing = [whole for whole, shorter in pairs if whole is not None and shorter is not None]
+        resolved = max((float(whole.norm_A * whole.sigma[-1]) for whole in growing), default=0.0)
+        part = cls(sigma, ones, outside, tuple(shorter or whole for whole, shorter in pairs)) if growing else None
+        return cls(sigma, ones, outside, tuple(whole for whole, _ in pairs), part, resolved)
 
     def __call__(self, damps: Tensor) -> Tensor:
         left = 1 / (1 + (self.sigma / damps.unsqueeze(-1)) ** 2)
@@ -764,7 +766,6 @@ class _Products:
             )
         if real_dtype(first.dtype) not in (torch.float32, torch.float64):
             raise ValueError(f"b: expected 32 or 64 bits, got {first.dtype}")
-        b = pytree.tree_map(lambda leaf: leaf.detach(), b)
         products = cls(operator, _example(operator, b, domain), b)
         flat = products.codomain.flat(b)
         size = float(precise_norm(flat, 0))

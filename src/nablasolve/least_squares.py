@@ -52,7 +52,8 @@ def pose_least_squares(
     operator = aslinearoperator(A).for_one_solve()
     b, batch_dims = right_hand_side(operator, b, batch_dims)
     layout = Layout.of(_example(operator, b, batch_dims, domain, policy.x0, x_ref), batch_dims)
-    injective, onto = operator.claims.full_column_rank, operator.claims.full_row_rank
+    injective = operator.claims.full_column_rank or operator.nullspace == ()
+    onto = operator.claims.full_row_rank or operator.left_nullspace == ()
     shift = None
     if x_ref is not None:
         shift = pytree.tree_unflatten(guess_leaves("x_ref", layout, x_ref), layout.spec)

@@ -28,6 +28,26 @@ def flatten(x: Tensor, batch_dims: int) -> Tensor:
     return x.reshape(*x.shape[:batch_dims], math.prod(x.shape[batch_dims:]))
 
 
+def spread(a: Tensor, x: Tensor) -> Tensor:
+    """A tensor of the batch shape, shaped to multiply the vector `x`."""
+    return a.reshape(a.shape + (1,) * (x.ndim - a.ndim))
+
+
+def select(condition: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
+    """A new tensor: the systems of `x` where the condition holds, those of `other`, by default zero, elsewhere."""
+    return torch.where(spread(condition, x), x, 0.0 if other is None else other).contiguous()
+
+
+def times(a: Tensor, x: Tensor) -> Tensor:
+    """`a x` with one float64 scalar a system, computed in float64 lest a narrow dtype overflow or underflow on the way."""
+    return (x * spread(a, x)).to(x.dtype)
+
+
+def divide(x: Tensor, by: Tensor) -> Tensor:
+    """`x / by`, likewise."""
+    return (x / spread(by, x)).to(x.dtype)
+
+
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the real and imaginary parts of `dtype`."""
     return torch.empty(0, dtype=dtype).real.dtype if dtype.is_complex else dtype
