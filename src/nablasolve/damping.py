@@ -182,7 +182,8 @@ def lcurve(A: Any, b: Tree, *, damps: Any = None, steps: int | None = None, doma
             adjoint written down, autograd derives it.
         b: the data, float32, float64 or complex, a tensor of any shape or a pytree; all of it is one vector.
         damps: the λ of the curve, positive numbers; the choice lies between the smallest and the largest, and need not be one
-            of them. By default a logarithmic grid over the singular values of the projected problem that stand out of rounding.
+            of them. By default a logarithmic grid over the singular values of the projected problem that stand out of rounding,
+            so that with few steps a better choice below these is not seen.
         steps: of the bidiagonalisation, by default 100, and never more than `min(m, n)`: one product with `A` and one with
             `A^H` each, however many `damps`. It keeps `2 steps` vectors.
         domain: an example of `x` (tensor or pytree), where `A` is a bare function; only its structure is read.
@@ -194,7 +195,7 @@ def lcurve(A: Any, b: Tree, *, damps: Any = None, steps: int | None = None, doma
         TypeError: for an argument of the wrong type or an unknown option.
         ValueError: for a wrong shape, dtype, device or value, a domain that cannot be known, NaN or Inf in `b` or in what `A`
             returns, an `A` that is not linear or not that of its adjoint, or a `b` for which every λ gives `x = 0`.
-        RuntimeError: if the adjoint of `A` can not be derived, or under a transform of `torch.func`.
+        RuntimeError: if the adjoint of `A` cannot be derived, or under a transform of `torch.func`.
 
     Warns:
         ConvergenceWarning: if there is no corner inside of the range, or it still moves with the number of steps.
@@ -365,8 +366,8 @@ class _Sweep:
             raise ValueError("b: it is orthogonal to the range of A (A^H b = 0), so that every damp gives x = 0")
         whole, part = process.projections()
         if damps is None:
-            # A decade below the smallest singular value nothing is damped. But a projection that can still grow has smaller ones to
-            # come, and is not yet the problem below its smallest.
+            # a decade below the smallest singular value nothing is damped; but a projection that can still grow has smaller
+            # ones to come, and is not yet the problem below its smallest
             smallest = float(whole.sigma[-1]) / (10 if process.exhausted else 1)
             damps = whole.grid(whole.norm_A * max(smallest, USEFUL * process.eps))
         return cls(products, process, whole, part, damps)

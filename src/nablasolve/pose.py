@@ -162,7 +162,7 @@ def posed(
     if isinstance(operator, DenseOperator):
         main: Closure = MatrixClosure.of(operator.matrix, batch_dims)
     elif record:
-        main = Closure.record(_checked("A", flat.fn if params else flat.apply, layout), zero, params)
+        main = _recorded("A", flat.fn if params else flat.apply, zero, layout, params)
         recordings = main.runs
     else:
         main = Closure(flat.fn if params else flat.apply, params, declared=len(params))
@@ -418,24 +418,24 @@ def _flat_factors(factors: Factorisation | None, layout: Layout) -> Factorisatio
     return Factorisation(packed(factors.solve), packed(factors.solve_adjoint))
 
 
-def _checked(name: str, apply: Callable[..., Tensor], target: Layout) -> Callable[..., Tensor]:
-    """`apply`, whose result is checked when it is recorded; the loop checks every later one."""
+def _recorded(
+    name: str, apply: Callable[..., Tensor], vector: Tensor, target: Layout, params: Sequence[Tensor] = ()
+) -> Closure:
+    """The closure of `apply` on vectors like `vector`, whose result is checked here; the loop checks every later one."""
 
-    def function(v: Tensor, *params: Tensor) -> Tensor:
+    def checked(v: Tensor, *params: Tensor) -> Tensor:
         y = apply(v, *params)
-        check_result(
-            name, v, y, target.zero(v, target.batch_dims)
-        )  # made inside: to read a tensor from outside is to record it
+        check_result(name, v, y, target.zero(v, target.batch_dims))  # made inside: to read a tensor from outside records it
         return y
 
-    return function
+    return replace(Closure.record(checked, vector, params), function=apply)
 
 
 def _side_closure(name: str, apply: Callable[[Tensor], Tensor], vector: Tensor, target: Layout, *, record: bool) -> Closure:
     """A closure without derivatives (an adjoint, a preconditioner): recorded only where transforms hide its tensors."""
     if not record:
         return Closure(apply)
-    closure = Closure.record(_checked(name, apply, target), vector)
+    closure = _recorded(name, apply, vector, target)
     return replace(closure, versions=(-1,) * len(closure.order))
 
 

@@ -139,8 +139,7 @@ class LSMR(Method[LSMRState]):
         s.steps += 1
         if s.steps > 1:
             s.rho_bar_max = space.maximum(s.rho_bar_max, rho_bar_old)
-            if s.steps > 2:
-                s.rho_bar_min = -space.maximum(-s.rho_bar_min, -rho_bar_old)
+            s.rho_bar_min = -space.maximum(-s.rho_bar_min, -rho_bar_old)
             largest, smallest = space.maximum(s.rho_bar_max, size), -space.maximum(-s.rho_bar_min, -size)
             s.cond_A = space.where(s.running, space.maximum(s.cond_A, space.ratio(largest, smallest)), s.cond_A)
         return s

@@ -83,8 +83,9 @@ class MINRESQLP(Method[MINRESQLPState]):
 
     For Hermitian `A`, indefinite and singular ones included: `A^+ b`, also where `b` is outside the range. Where MINRES makes
     its subproblem `min |T y - beta e_1|` triangular by reflections from the left, `R y = t`, here reflections from the right
-    make it `L mu = t` with `y = P mu`, which has a solution of minimum norm when the last entry of `L` vanishes. One product
-    with `A` a step, and one more at the start. Storage: 6 vectors (`x`, two of Lanczos, two directions and a new one).
+    make it `L mu = t` with `y = P mu`, which has a solution of minimum norm when the last entry of `L` vanishes. Of an
+    inconsistent system rounding may leave half of the digits, because the process starts from what `A` cannot reach; LSMR finds
+    all. One product with `A` a step, and one more at the start. Storage: 6 vectors (`x`, two of Lanczos, three directions).
     """
 
     name: ClassVar[str] = "minres_qlp"
