@@ -1,6 +1,7 @@
 """Solve `A x = b` in PyTorch when `A` is only a function, with exact derivatives to `b` and to everything `A` depends on."""
 
 from .check import CheckError, CheckItem, CheckReport, check_gradient, check_operator
+from .damping import GCV, Discrepancy, LCurve, discrepancy, gcv, lcurve
 from .info import ConvergenceError, ConvergenceWarning, SolveInfo, Status
 from .methods import CG, CGLS, CRAIG, GMRES, LSMR, LSQR, MINRES, MINRESQLP, QR, SVD, BiCGStab, Direct
 from .module import LinearSolve
@@ -58,6 +59,7 @@ __all__ = [
     "CGLS",
     "CRAIG",
     "DFT",
+    "GCV",
     "GMRES",
     "LSMR",
     "LSQR",
@@ -81,6 +83,7 @@ __all__ = [
     "Diagonal",
     "Diffusion",
     "Direct",
+    "Discrepancy",
     "Downsample",
     "FiniteDifference",
     "Fisher",
@@ -97,6 +100,7 @@ __all__ = [
     "Jacobian",
     "KernelMatrix",
     "Kronecker",
+    "LCurve",
     "Laplacian",
     "LinearOperator",
     "LinearSolve",
@@ -122,7 +126,10 @@ __all__ = [
     "cgls",
     "check_gradient",
     "check_operator",
+    "discrepancy",
+    "gcv",
     "gmres",
+    "lcurve",
     "lsmr",
     "lsqr",
     "lstsq",

@@ -53,7 +53,7 @@ _MESSAGES = {
     "is not its adjoint: try method='gmres' or 'bicgstab' without the claim, leave adjoint= out, or look at "
     "check_operator(A, b).",
     Status.INCONSISTENT: "The operator is singular and b has a part outside its range, so that no solution exists: "
-    "project b onto the range, or solve the least-squares problem.",
+    "solve the least-squares problem (lstsq), or take from b its part outside the range.",
     Status.NONFINITE: "NaN or Inf was met in b, in x0, or in what A or M returned: look at the inputs and at A.",
     Status.STOPPED: "The callback asked to stop before the tolerance was met.",
     Status.ILL_CONDITIONED: "The condition number of A has reached the reciprocal of the roundoff, beyond which no digit of a "

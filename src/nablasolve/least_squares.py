@@ -51,7 +51,7 @@ def pose_least_squares(
         raise TypeError(f"params: needs A as a function A(v, *params), got {type(A).__name__}")
     operator = aslinearoperator(A).for_one_solve()
     b, batch_dims = right_hand_side(operator, b, batch_dims)
-    layout = Layout.of(_example(operator, b, batch_dims, domain, policy.x0, x_ref), batch_dims)
+    layout = Layout.of(domain_example(operator, b, batch_dims, domain=domain, x0=policy.x0, x_ref=x_ref), batch_dims)
     injective = operator.claims.full_column_rank or operator.nullspace == ()
     onto = operator.claims.full_row_rank or operator.left_nullspace == ()
     shift = None
@@ -89,19 +89,25 @@ def pose_least_squares(
     return problem, shift
 
 
-def _example(operator: LinearOperator, b: Tree, batch_dims: int, domain: Tree, x0: Tree, x_ref: Tree) -> Tree:
-    """A vector of the domain, of `b`'s dtype unless the operator maps real vectors to complex ones.
+def domain_example(operator: LinearOperator, b: Tree, batch_dims: int, **given: Tree) -> Tree:
+    """The zero vector of the domain, of `b`'s dtype unless the operator maps real vectors to complex ones.
+
+    Args:
+        operator: `A`, which may know its domain.
+        b: the right-hand side.
+        batch_dims: its batch dimensions.
+        given: arguments that may be like `x`, by name, or None.
 
     Raises:
         TypeError: if `domain` is no tensor or pytree of tensors.
         ValueError: if the domain is not known, or the example does not fit `b` or the operator.
     """
     known, first = operator.domain, pytree.tree_leaves(b)[0]
-    given = next(((name, t) for name, t in (("domain", domain), ("x0", x0), ("x_ref", x_ref)) if t is not None), None)
+    named = next(((name, example) for name, example in given.items() if example is not None), None)
     real = known is not None and spaces.is_complex(operator.codomain) and not spaces.is_complex(known)
     dtype = real_dtype(first.dtype) if real else first.dtype
-    if given is not None:
-        name, example = given
+    if named is not None:
+        name, example = named
         leaves = pytree.tree_leaves(spaces.space_of(name, example))
         if known is not None and not spaces.agree(known, example):
             raise ValueError(
@@ -116,10 +122,11 @@ def _example(operator: LinearOperator, b: Tree, batch_dims: int, domain: Tree, x
         known = b
     elif known is None:
         raise ValueError(
-            "domain: the shape of x cannot be known from a function alone; give domain= an example of x, or x0, or give A as "
+            "domain: the shape of x cannot be known from a function alone; give domain= an example of x, or give A as "
             "nablasolve.LinearOperator(A, domain=...)"
         )
-    batch = spaces.batch_shape(b, operator.codomain) if given is None and _any_batch(operator.codomain) else torch.Size()
+    free = operator.codomain is not None and spaces.has_free_batch(operator.codomain)
+    batch = spaces.batch_shape(b, operator.codomain) if named is None and free else torch.Size()
 
     def zero(leaf: Any) -> Tensor:
         shape = (*batch, *leaf.example.shape) if isinstance(leaf, spaces.AnyBatch) else leaf.shape
@@ -127,10 +134,6 @@ def _example(operator: LinearOperator, b: Tree, batch_dims: int, domain: Tree, x
         return result
 
     return pytree.tree_map(zero, known)
-
-
-def _any_batch(space: Tree) -> bool:
-    return space is not None and all(isinstance(leaf, spaces.AnyBatch) for leaf in pytree.tree_leaves(space))
 
 
 # -- weights -------------------------------------------------------------------------------------------------------

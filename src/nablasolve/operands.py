@@ -70,11 +70,14 @@ class Operands:
                 turned = lambda u: pull_back(plain, u, zero.clone())  # noqa: E731
             else:
                 turned = bound("operator_adjoint") or Transpose(plain, zero)
-        A = Counted("A", turned if transposed and turned is not None else plain, b)
+        name = "A" if problem.operator_adjoint is None else "adjoint"
+        A = Counted(
+            name if transposed and turned is not None else "A", turned if transposed and turned is not None else plain, b
+        )
         adjoint: Counted | None = None
         if method.least_squares:
             solution = problem.solution_layout.zero(b, problem.batch_dims)
-            adjoint = A if turned is None else Counted("A", plain if transposed else turned, solution)
+            adjoint = A if turned is None else Counted("A" if transposed else name, plain if transposed else turned, solution)
 
         M = bound("preconditioner")
         if transposed and problem.adjoint_preconditioner is not None:

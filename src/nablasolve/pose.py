@@ -226,10 +226,10 @@ def square_operator(A: Any, params: tuple[Tensor, ...]) -> LinearOperator:
     if isinstance(operator, DenseOperator | SparseOperator):
         m, n = operator.matrix.shape[-2:]
         if m != n:
-            raise ValueError(f"A: expected a square matrix, got shape {tuple(operator.matrix.shape)}")
+            raise ValueError(f"A: expected a square matrix, got shape {tuple(operator.matrix.shape)}; lstsq takes any shape")
     elif operator.codomain is not None and not spaces.agree(operator.domain, operator.codomain):
         between = f"from {spaces.shapes(operator.domain)} to {spaces.shapes(operator.codomain)}"
-        raise ValueError(f"A: expected a square operator, got {operator.expression} {between}")
+        raise ValueError(f"A: expected a square operator, got {operator.expression} {between}; lstsq takes any shape")
     return operator
 
 

@@ -30,7 +30,8 @@ class DenseOperator(StructuredOperator):
 
     def __init__(self, matrix: Tensor, **claims: Any) -> None:
         if matrix.ndim < 2:
-            raise ValueError(f"A: expected a matrix of shape (..., m, n), got shape {tuple(matrix.shape)}")
+            remedy = "; nablasolve.Diagonal(d) is the operator of a diagonal" if matrix.ndim == 1 else ""
+            raise ValueError(f"A: expected a matrix of shape (..., m, n), got shape {tuple(matrix.shape)}{remedy}")
         if not (matrix.is_floating_point() or matrix.is_complex()):
             raise ValueError(f"A: expected a floating-point or complex dtype, got {matrix.dtype}")
         self.matrix = matrix
