@@ -12,6 +12,10 @@ from ..info import Status
 from ..vectors import Scalar
 from .base import Correction, Method, State, initial_status, zeros
 
+# The part of the digits of rho below which a restart gains more than it loses. Rounding moves rho = shadow^H r, |shadow| = 1,
+# by about |r| epsilon, and what rho has lost its coefficients have lost (Sleijpen & van der Vorst 1995).
+DIGITS = 1 / 6
+
 
 @dataclass(eq=False)
 class BiCGStabState(State):
@@ -31,8 +35,9 @@ class BiCGStab(Method[BiCGStabState]):
     """BiCGStab (van der Vorst 1992; Saad 2003, Algorithm 7.7), preconditioned on the right.
 
     For any square `A`. Two products with `A` and two with `M` a step, one fewer where half a step converges. A breakdown
-    is measured against the vectors that cause it, and answered by a restart from the true residual. Storage: 5 vectors
-    (`x`, `r`, its shadow, `p`, `v`) beside `b`, the solution, and what `A` and `M` return.
+    is measured against the vectors that cause it: where `rho`, small beside them, has lost its digits, the answer is a
+    restart from the true residual if that is smaller than the one the cycle began with, and else the next step, which may
+    recover. Storage: 5 vectors (`x`, `r`, its shadow, `p`, `v`) beside `b`, the solution, and what `A` and `M` return.
     """
 
     name: ClassVar[str] = "bicgstab"
@@ -54,8 +59,7 @@ class BiCGStab(Method[BiCGStabState]):
         del p_hat
         s.r = space.axpy(-alpha, s.v, s.r)
         half_norm = space.norm(s.r)
-        # sigma is negligible beside |shadow| |v|, where |shadow| = 1, exactly if alpha v dwarfs rho / |shadow|
-        s.stop(Status.BREAKDOWN, (half_norm * problem.epsilon > abs(s.rho)) | (half_norm * problem.epsilon > 1))
+        s.stop(Status.BREAKDOWN, half_norm * problem.epsilon > 1)  # no digit of the equation is left
         half = half_norm <= problem.target
         if not space.any(s.running & (half_norm > problem.target)):
             s.residual_norm = space.where(s.running, half_norm, s.residual_norm)
@@ -72,8 +76,10 @@ class BiCGStab(Method[BiCGStabState]):
         s.residual_norm = space.norm(s.r)
         rho = space.dot(s.shadow, s.r)
         unfinished = s.residual_norm > problem.target
-        s.stop(Status.BREAKDOWN, unfinished & (negligible | (abs(rho) <= problem.epsilon * s.residual_norm)))
-        s.stop(Status.BREAKDOWN, s.residual_norm * problem.epsilon > 1)  # no digit of the equation is left
+        # from a larger residual a restart would gain nothing
+        lost = (abs(rho) <= problem.epsilon ** (1 - DIGITS) * s.residual_norm) & (s.residual_norm < 1)
+        s.stop(Status.BREAKDOWN, unfinished & (negligible | lost))
+        s.stop(Status.BREAKDOWN, s.residual_norm * problem.epsilon > 1)
         # p = r + beta (p - omega v)
         beta = s.ratio(rho, s.rho) * s.ratio(alpha, omega)
         s.p = space.xpay(s.r, beta, space.axpy(-omega, s.v, s.p))
