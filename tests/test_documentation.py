@@ -1,9 +1,11 @@
 """Every Python block of the README and of the pages in `docs/` runs, and prints what it says it prints."""
 
+import functools
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -18,10 +20,11 @@ def blocks(text: str) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_blocks_run_in_order_and_print_what_they_say(page, tmp_path, monkeypatch, capsys):
+def test_blocks_run_in_order_and_print_what_they_say(page, tmp_path, monkeypatch, capsys, request):
     """One namespace a page, as a reader has who types them in one after another."""
     monkeypatch.chdir(tmp_path)  # a block may write files
     monkeypatch.setenv("MPLBACKEND", "Agg")
+    request.addfinalizer(functools.partial(torch.set_default_dtype, torch.get_default_dtype()))  # a block may set another
     text = page.read_text(encoding="utf-8")
     assert len(blocks(text)) == text.count("```python"), "a block is indented or not closed"
     namespace = {"__name__": "__main__"}

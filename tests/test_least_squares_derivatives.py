@@ -216,6 +216,16 @@ def test_damping_of_each_system_has_its_gradient():
             assert relative_error(one, other) <= 1e-7
 
 
+def test_failure_and_record_are_of_the_solution_with_its_prior_centre():
+    A, b, x_ref = draw(8, 5, dtype=F64), draw(8, dtype=F64, seed=1), 100 + draw(5, dtype=F64, seed=2)
+    options = {"damp": 0.5, "x_ref": x_ref, "domain": x_ref}
+    with pytest.raises(ns.ConvergenceError) as failure:
+        ns.lstsq(lambda v: A @ v, b, maxiter=2, **options)
+    x, info = ns.lstsq_ex(lambda v: A @ v, b, maxiter=2, **options)
+    assert torch.equal(failure.value.x, x)
+    assert info.norm_x == pytest.approx(torch.linalg.vector_norm(x).item())
+
+
 def test_weight_of_zero_leaves_a_row_out_and_has_no_gradient():
     A, b = draw(6, 3, dtype=F64), draw(6, dtype=F64, seed=1).requires_grad_()
     weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 0.0], dtype=F64)

@@ -160,6 +160,7 @@ def test_right_hand_side_out_of_range_is_inconsistent():
         assert not info.converged
         with pytest.raises(ns.ConvergenceError):
             ns.solve(lambda v: path(k) @ v, b + 0.1, method=method, **BOTH)
+        assert info.residual_norm == pytest.approx(torch.linalg.vector_norm(b + 0.1 - path(k) @ x).item(), rel=1e-6)
         # the part in the range is solved
         assert relative_error(x, pinv(path(k)) @ b) <= 1e-6
 
@@ -231,6 +232,8 @@ def test_gauge_with_a_nullspace_that_moves():
         ({"nullspace": ONE}, ValueError, r"left_nullspace: needed"),
         ({"nullspace": ONE[:3], "method": "cg"}, ValueError, r"nullspace: expected shape \(8,\) like x, got \(3,\)"),
         ({"nullspace": "constants", "method": "cg"}, TypeError, r"nullspace: expected a vector"),
+        ({"nullspace": ONE.cumsum(0), "method": "cg"}, ValueError, r"nullspace: expected vectors n with A n = 0"),
+        ({"nullspace": ONE, "left_nullspace": [ONE, ONE.cumsum(0)]}, ValueError, r"left_nullspace: expected vectors y"),
         ({"gauge": (ONE, 0.0), "method": "cg"}, ValueError, r"gauge: needs nullspace="),
         ({"gauge": ONE, "nullspace": ONE, "method": "cg"}, TypeError, r"gauge: expected a pair"),
         ({"gauge": ([ONE, ONE], 0.0), "nullspace": ONE, "method": "cg"}, ValueError, r"gauge: expected 1 vectors c"),

@@ -19,7 +19,7 @@ from torch import Tensor
 from .closure import is_wrapped
 from .info import ConvergenceError, ConvergenceWarning, SolveInfo, Status
 from .methods.base import CLAIMED, CYCLE_END, RUNNING
-from .vectors import Space, divide, flatten, precise_norm, times
+from .vectors import Space, any_true, divide, flatten, precise_norm, times
 
 # A restart from the true residual is worth its price while it gains at least this factor.
 WORTHWHILE_GAIN = 0.5
@@ -195,6 +195,30 @@ def _symmetry(space: Space, A: Callable[[Tensor], Tensor], u: Tensor) -> tuple[T
 def asymmetric(space: Space, A: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
     """Where two products show that `A` is not Hermitian."""
     return _symmetry(space, A, _unit(b, space.batch_dims)[0])[1]
+
+
+def check_nullspaces(
+    A: Callable[[Tensor], Tensor],
+    off_left: Callable[[Tensor], Tensor],
+    off_right: Callable[[Tensor], Tensor],
+    like: Tensor,
+    batch_dims: int,
+) -> None:
+    """Raise unless, for a random `z`, `A` maps its part in the nullspace to 0, and `A z` has no part in that of `A^H`.
+
+    Raises:
+        ValueError: naming the argument. What was solved would not be `A x = b`.
+    """
+    with torch.no_grad():
+        # the global random state is not ours to change
+        z = torch.randn(like.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(like)
+        n, Az = z - off_right(z), A(z)
+        norm_z, norm_n, norm_Az = (precise_norm(v, batch_dims) for v in (z, n, Az))
+        tolerance = torch.finfo(like.dtype).eps ** 0.5 * norm_Az
+        if any_true(precise_norm(A(n), batch_dims) * norm_z > tolerance * norm_n):
+            raise ValueError("nullspace: expected vectors n with A n = 0, got some for which it is not")
+        if any_true(precise_norm(Az - off_left(Az), batch_dims) > tolerance):
+            raise ValueError("left_nullspace: expected vectors y with A^H y = 0, got some for which it is not")
 
 
 def mismatched(

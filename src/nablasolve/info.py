@@ -46,14 +46,15 @@ _MESSAGES = {
     "a preconditioner M; and if A may not be linear (a bias, an in-place operation, noise), look at "
     "check_operator(A, b).",
     Status.BREAKDOWN: "The method met a zero denominator that a restart did not remove: the operator may be singular; "
-    "try method='gmres', or method='minres' if it is Hermitian.",
+    "try method='gmres', or method='minres' if it is Hermitian, give its nullspace=, or ask for the shortest least-squares "
+    "solution (lstsq).",
     Status.INDEFINITE: "A direction of non-positive curvature was met, so the operator or the preconditioner M is not "
     "positive definite: try method='minres' (Hermitian) or 'gmres', and check the sign of M.",
     Status.NOT_HERMITIAN: "The operator is not Hermitian as the method or the claim requires, or the adjoint= that was given "
     "is not its adjoint: try method='gmres' or 'bicgstab' without the claim, leave adjoint= out, or look at "
     "check_operator(A, b).",
-    Status.INCONSISTENT: "The operator is singular and b has a part outside its range, so that no solution exists: "
-    "solve the least-squares problem (lstsq), or take from b its part outside the range.",
+    Status.INCONSISTENT: "The operator is singular and its right-hand side has a part outside its range, so that no "
+    "solution exists: take that part away, give the nullspaces (nullspace=), or solve the least-squares problem (lstsq).",
     Status.NONFINITE: "NaN or Inf was met in b, in x0, or in what A or M returned: look at the inputs and at A.",
     Status.STOPPED: "The callback asked to stop before the tolerance was met.",
     Status.ILL_CONDITIONED: "The condition number of A has reached the reciprocal of the roundoff, beyond which no digit of a "
@@ -87,6 +88,7 @@ class SolveInfo:
         history: with `history=True`, the method's residual norms, a float64 tensor of shape
             `(iterations + 1, *batch)` that begins with the initial one; else None.
         norm_r: of a least-squares solve, the recomputed norm of all that is minimised, `sqrt(|b - A x|^2 + damp^2 |x|^2)`.
+            Where there are weights every norm of a residual has them, and the damping is of `x - x_ref`.
         norm_Ar: the recomputed `|A^H (b - A x) - damp^2 x|`, which vanishes at the solution.
         norm_A: an estimate of `|A|` (with its damping), near the Frobenius norm.
         cond_A: an estimate of the condition number from below; 0 where the method makes none.

@@ -10,6 +10,7 @@ Every derivative is that of the pseudo-inverse of `B`, whose tensors are those o
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -50,10 +51,15 @@ def pose_least_squares(
     if params and (not callable(A) or isinstance(A, Tensor | LinearOperator)):
         raise TypeError(f"params: needs A as a function A(v, *params), got {type(A).__name__}")
     operator = aslinearoperator(A).for_one_solve()
+    if type(operator) is LinearOperator and operator.codomain is operator.domain and not operator.hermitian:
+        operator = copy.copy(operator)  # a codomain that was not given is only square until b says otherwise
+        operator.codomain = None
     b, batch_dims = right_hand_side(operator, b, batch_dims)
     layout = Layout.of(domain_example(operator, b, batch_dims, domain=domain, x0=policy.x0, x_ref=x_ref), batch_dims)
     injective = operator.claims.full_column_rank or operator.nullspace == ()
     onto = operator.claims.full_row_rank or operator.left_nullspace == ()
+    m, n = (math.prod(t.vector_shape) * (1 + t.dtype.is_complex) for t in (Layout.of(b, batch_dims), layout))
+    injective, onto = injective and n <= m, onto and m <= n  # of full rank is what has the rank min(m, n)
     shift = None
     if x_ref is not None:
         shift = pytree.tree_unflatten(guess_leaves("x_ref", layout, x_ref), layout.spec)

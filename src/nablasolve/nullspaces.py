@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .graph import is_wrapped
 from .operators import LinearOperator
 from .vectors import Layout, any_true, flatten
 
@@ -168,7 +169,13 @@ class Nullspaces:
     @property
     def one(self) -> bool:
         """Whether the two are known to be the same."""
-        return self.left.vectors is self.right.vectors and self.left.projection is self.right.projection
+        left, right = self.left, self.right
+        if left is right or left.vectors is right.vectors or left.projection is not None:
+            return left is right or left.projection is right.projection
+        leaves = [pytree.tree_leaves(side.vectors) for side in (left, right)]
+        return len(leaves[0]) == len(leaves[1]) and all(
+            a is b or (not (is_wrapped(a) or is_wrapped(b)) and torch.equal(a, b)) for a, b in zip(*leaves, strict=True)
+        )
 
     @classmethod
     def of(cls, operator: LinearOperator, right: Any, left: Any, hermitian: bool) -> Nullspaces | None:
@@ -178,12 +185,14 @@ class Nullspaces:
             TypeError: if an argument is no nullspace.
             ValueError: if only one of them is given, and `A` is not claimed Hermitian.
         """
+        known = [list(n) if isinstance(n, tuple) else n for n in (operator.nullspace, operator.left_nullspace)]
         if right is None and left is None:
-            right, left = (list(n) if isinstance(n, tuple) else n for n in (operator.nullspace, operator.left_nullspace))
+            right, left = known
             if right is None or right == [] or (left is None and not hermitian):
                 return None
         if hermitian:
             right = left = left if right is None else right
+        right, left = (other if own is None else own for own, other in zip((right, left), known, strict=True))
         for name, given_one in (("nullspace", right), ("left_nullspace", left)):
             if given_one is None:
                 given = "left_nullspace" if name == "nullspace" else "nullspace"

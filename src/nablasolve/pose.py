@@ -270,7 +270,9 @@ def right_hand_side(operator: LinearOperator, b: Tree, batch_dims: Any) -> tuple
         raise TypeError(f"b: expected one Tensor for a Tensor A, got {type(b).__name__}")
     m = matrix.shape[-2]
     if first.ndim < 1 or first.shape[-1] != m:
-        raise ValueError(f"b: expected shape (..., {m}) for A of shape {tuple(matrix.shape)}, got {tuple(first.shape)}")
+        remedy = "; right-hand sides are rows here: b.mT" if first.ndim == 2 and first.shape[0] == m else ""
+        expected = f"(..., {m}) for A of shape {tuple(matrix.shape)}"
+        raise ValueError(f"b: expected shape {expected}, got {tuple(first.shape)}{remedy}")
     if matrix.device != first.device:
         raise ValueError(f"b: expected device {matrix.device} like A, got {first.device}")
     if real_dtype(matrix.dtype) != real_dtype(first.dtype):

@@ -12,13 +12,13 @@ from . import certify, derivative
 from .arguments import names_options
 from .closure import eager, is_wrapped, transforms_active
 from .drive import run, solve_concretely
-from .info import Column, SolveInfo, converged, read_report
+from .info import Column, ConvergenceError, SolveInfo, converged, read_report
 from .least_squares import pose_least_squares
 from .methods import CG, CGLS, GMRES, LSMR, LSQR, MINRES, BiCGStab, Method
 from .operators.algebra import map_leaves
 from .pose import Policy, Posed, pose
 from .problem import Problem
-from .vectors import any_true, own_precision
+from .vectors import any_true, own_precision, precise_norm
 
 Tree = Any  # a tensor, or a pytree (tuple, list, dict) of tensors
 
@@ -54,7 +54,8 @@ def solve(
             tensors (closed over, attributes, parameters, non-leaf): gradients reach them without being declared.
         b: the right-hand side, a floating-point or complex tensor of any shape or a pytree of such tensors of one dtype. All
             of it is one vector, but for its batch dimensions.
-        method: `"cg"`, `"minres"`, `"gmres"`, `"bicgstab"`, `"direct"`, or an object such as `GMRES(restart=50)`. None chooses
+        method: `"cg"`, `"minres"`, `"gmres"`, `"bicgstab"`, `"direct"`, a least-squares method of `lstsq` (for a square `A`
+            that may be singular), or an object such as `GMRES(restart=50)`. None chooses
             from what is known: a dense Tensor is factorised (`"direct"`), the claim positive definite selects CG, Hermitian
             MINRES, and anything else GMRES. Asking for `"cg"` claims that `A` is Hermitian positive definite, for
             `"minres"` that it is Hermitian.
@@ -538,8 +539,18 @@ def lstsq_with_record(
     posed, shift = pose_least_squares(
         A, b, policy, damp=damp, weight=weight, x_ref=x_ref, domain=domain, batch_dims=batch_dims, params=params
     )
-    x, info = solved(posed, policy)
-    return (x if shift is None else map_leaves(torch.add, x, shift)), info
+    if shift is None:
+        return solved(posed, policy)
+    try:
+        x, info = solved(posed, policy)
+    except ConvergenceError as error:
+        error.x = map_leaves(torch.add, error.x, map_leaves(torch.Tensor.detach, shift))
+        raise
+    x = map_leaves(torch.add, x, shift)
+    layout, batch_dims = posed.problem.solution_layout, posed.problem.batch_dims
+    norm_x = precise_norm(layout.pack(x).detach(), batch_dims)
+    info.norm_x = norm_x if isinstance(info.status, Tensor) else norm_x.item()
+    return x, info
 
 
 def solved(posed: Posed, policy: Policy) -> tuple[Tree, SolveInfo]:
