@@ -413,3 +413,88 @@ def test_operator_from_real_to_complex_vectors():
     assert relative_error(x, reference) <= 1e-9
     for one, other in zip(*(torch.autograd.grad(loss(y), (mask, b)) for y in (x, reference)), strict=True):
         assert relative_error(one, other) <= 1e-7
+
+
+# -- where terms are small, and where rounding is not --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damp", (1e-1, 1e-4, 1e-8))
+@pytest.mark.parametrize("dense", (True, False), ids=("dense", "function"))
+def test_small_damping_of_a_wide_operator_has_an_exact_gradient(damp, dense):
+    """`b - A x = damp^2 y` is nothing but rounding there, and `y` is what the derivative needs."""
+    A, b = draw(4, 7, dtype=F64).requires_grad_(), draw(4, dtype=F64, seed=1).requires_grad_()
+    lam = torch.tensor(damp, dtype=F64, requires_grad=True)
+    x, info = ns.lstsq_ex(
+        A if dense else (lambda v: A @ v), b, damp=lam, domain=None if dense else torch.zeros(7, dtype=F64), rtol=TIGHT
+    )
+    reference = A.T @ (torch.linalg.inv(A @ A.T + lam**2 * torch.eye(4, dtype=F64)) @ b)
+    misfit = b - A @ x
+    assert relative_error(x, reference) <= 1e-9
+    assert info.residual_norm == pytest.approx(torch.linalg.vector_norm(misfit).item(), rel=1e-3, abs=1e-12)
+    assert info.norm_x == pytest.approx(torch.linalg.vector_norm(x).item())
+    for one, other in zip(*(torch.autograd.grad(loss(y), (A, b, lam)) for y in (x, reference)), strict=True):
+        assert relative_error(one, other) <= 1e-7
+
+
+def test_derivative_that_rounding_has_taken_is_a_failed_adjoint_solve():
+    A, b = draw(4, 7, dtype=F64).requires_grad_(), draw(4, dtype=F64, seed=1)
+    x = ns.lstsq(lambda v: A @ v, b, damp=1e-7, domain=torch.zeros(7, dtype=F64), method="lsmr", rtol=TIGHT)
+    with pytest.raises(ns.ConvergenceError, match=r"adjoint.*ILL_CONDITIONED"):
+        loss(x).backward()
+
+
+@pytest.mark.parametrize("options", ({"rtol": 0.5}, {"atol": 1.0}), ids=str)
+def test_loose_tolerance_drops_no_term_of_a_direct_solve(options):
+    A = draw(9, 4, dtype=F64).requires_grad_()
+    b = A.detach().sum(1) + 0.1 * draw(9, dtype=F64, seed=1)
+    x, reference = ns.lstsq(A, b, **options), torch.linalg.inv(A.T @ A) @ (A.T @ b)
+    assert relative_error(torch.autograd.grad(loss(x), A)[0], torch.autograd.grad(loss(reference), A)[0]) <= 1e-9
+
+
+def test_operator_from_complex_to_real_vectors():
+    weight, b = draw(6, dtype=F64).requires_grad_(), draw(6, dtype=F64, seed=1)
+    x = ns.lstsq(lambda v: weight * torch.fft.irfft(v, 6), b, domain=torch.zeros(4, dtype=C128), rtol=TIGHT)
+    assert x.dtype == C128
+    assert relative_error(weight * torch.fft.irfft(x, 6), b) <= 1e-9
+
+
+def test_batched_cotangents_of_autograd():
+    A, b = draw(7, 4, dtype=F64).requires_grad_(), draw(7, dtype=F64, seed=1).requires_grad_()
+    assert gradcheck(
+        lambda A, b: ns.lstsq(lambda v: A @ v, b, domain=torch.zeros(4, dtype=F64), rtol=TIGHT), (A, b), check_batched_grad=True
+    )
+
+
+def test_exact_guess_of_an_inconsistent_problem_takes_no_step():
+    A, b = draw(9, 4, dtype=F64), draw(9, dtype=F64, seed=1)
+    _, info = ns.lstsq_ex(lambda v: A @ v, b, x0=torch.linalg.pinv(A) @ b)
+    assert (info.status, info.iterations) == (ns.Status.LEAST_SQUARES, 0)
+
+
+def test_no_gradient_where_none_is_asked():
+    A, b, x_ref = (draw(*shape, dtype=F64).requires_grad_() for shape in ((7, 4), (7,), (4,)))
+    assert not ns.lstsq(A, b, x_ref=x_ref, grad="none").requires_grad
+
+
+def test_damped_craig_is_consistent():
+    A, b = draw(9, 4, dtype=F64), draw(9, dtype=F64, seed=1)
+    x, info = ns.lstsq_ex(lambda v: A @ v, b, damp=0.3, domain=torch.zeros(4, dtype=F64), method="craig", rtol=TIGHT)
+    assert info.converged
+    assert relative_error(x, torch.linalg.inv(A.T @ A + 0.09 * torch.eye(4, dtype=F64)) @ (A.T @ b)) <= 1e-9
+
+
+@pytest.mark.parametrize(("forward", "backward"), (("svd", "qr"), ("qr", "svd"), ("svd", "lsmr"), ("lsmr", "svd")))
+def test_adjoint_by_another_method_takes_no_factors_that_are_not_its_own(forward, backward):
+    A, b = draw(7, 4, dtype=F64).requires_grad_(), draw(7, dtype=F64, seed=1)
+    x = ns.lstsq(A, b, method=forward, adjoint={"method": backward}, rtol=TIGHT)
+    reference = torch.linalg.inv(A.T @ A) @ (A.T @ b)
+    assert relative_error(torch.autograd.grad(loss(x), A)[0], torch.autograd.grad(loss(reference), A)[0]) <= 1e-7
+
+
+def test_exploded_guess_is_not_certified():
+    """The rounding of `b - A x` is no excuse where `x` is nothing but a null vector."""
+    A, b = draw(9, 3, dtype=F64) @ draw(3, 5, dtype=F64, seed=1), draw(9, dtype=F64, seed=2)
+    null = torch.linalg.svd(A)[2][-1]
+    x, info = ns.lstsq_ex(lambda v: A @ v, b, x0=1e16 * null)
+    normal = torch.linalg.vector_norm(A.T @ (b - A @ x))
+    assert not info.converged or normal <= 1e-5 * torch.linalg.matrix_norm(A) * torch.linalg.vector_norm(b - A @ x)

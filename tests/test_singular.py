@@ -293,3 +293,51 @@ def test_graph_of_two_parts():
     assert relative_error(x, reference) <= 1e-9
     ours, theirs = (torch.autograd.grad(loss(y), weights)[0] for y in (x, reference))
     assert relative_error(ours, theirs) <= 1e-7
+
+
+def test_second_order_and_batches_of_cotangents_through_a_given_nullspace():
+    conductivity, b = (draw(3, 4, dtype=F64).abs() + 0.5).requires_grad_(), draw(3, 4, dtype=F64, seed=1).requires_grad_()
+
+    def f(k, b):
+        return ns.solve(ns.Diffusion(k, boundary="neumann"), b - b.mean(), rtol=TIGHT)
+
+    assert torch.autograd.gradcheck(f, (conductivity, b), check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(f, (conductivity, b))
+    one, other = torch.func.jacrev(f)(conductivity, b), torch.func.jacfwd(f)(conductivity, b)
+    assert relative_error(one, other) <= 1e-8
+
+
+def test_second_derivative_of_a_moving_nullspace_that_is_not_differentiated_again():
+    W, z = draw(6, 4, dtype=F64).requires_grad_(), draw(4, dtype=F64, seed=1)
+    null = torch.linalg.svd(W.detach())[0][:, 4:].T
+    functions = (
+        lambda W: loss(ns.solve(lambda v: W @ (W.T @ v), W @ z, nullspace=null, method="cg", rtol=TIGHT)),
+        lambda W: loss(W @ (torch.linalg.inv(W.T @ W) @ z)),
+    )
+    slopes = (torch.autograd.grad(f(W), W, create_graph=True)[0] for f in functions)
+    ours, theirs = (torch.autograd.grad((slope * draw(6, 4, dtype=F64, seed=2)).sum(), W)[0] for slope in slopes)
+    assert relative_error(ours, theirs) <= 1e-6
+
+
+def test_gauge_in_forward_mode_over_forward_mode():
+    k, b = (t.detach() for t in system())
+    c = draw(N, dtype=F64, seed=4)
+
+    def f(k):
+        return loss(ns.solve(lambda v: path(k) @ v, b, nullspace=ONE, method="cg", gauge=(c, 0.7), rtol=TIGHT))
+
+    assert relative_error(torch.func.jacfwd(torch.func.jacfwd(f))(k), torch.func.hessian(f)(k)) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("nullspace", "message"),
+    (
+        (torch.zeros(N, dtype=F64), r"nullspace: expected vectors other than zero"),
+        (1j * ONE, r"nullspace: expected real vectors"),
+        (lambda v: 2 * v.mean() + torch.zeros_like(v), r"nullspace: expected a projection"),
+    ),
+)
+def test_what_is_no_nullspace_is_refused(nullspace, message):
+    k, b = system()
+    with pytest.raises(ValueError, match=message):
+        ns.solve(lambda v: path(k) @ v, b, nullspace=nullspace, method="cg")

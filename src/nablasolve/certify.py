@@ -19,7 +19,7 @@ from torch import Tensor
 from .closure import is_wrapped
 from .info import ConvergenceError, ConvergenceWarning, SolveInfo, Status
 from .methods.base import CLAIMED, CYCLE_END, RUNNING
-from .vectors import Space, any_true, divide, flatten, precise_norm, times
+from .vectors import Space, any_true, divide, flatten, precise_norm, probe, times
 
 # A restart from the true residual is worth its price while it gains at least this factor.
 WORTHWHILE_GAIN = 0.5
@@ -38,6 +38,24 @@ def opening(valid: Tensor, residual_norm: Tensor, threshold: Tensor) -> Tensor:
     """The status before the first step: NONFINITE, CONVERGED (zero `b`, exact `x0`) or RUNNING; one a system."""
     status = torch.where(residual_norm <= threshold, int(Status.CONVERGED), RUNNING)
     return torch.where(valid & torch.isfinite(residual_norm), status, int(Status.NONFINITE))
+
+
+def opening_normal(
+    status: Tensor,
+    A_adjoint: Callable[[Tensor], Tensor],
+    r: Tensor,
+    Ax: Tensor,
+    x: Tensor,
+    norm_r: Tensor,
+    rtol: float,
+    batch_dims: int,
+) -> Tensor:
+    """The status before the first step where the guess is a least-squares solution already, with `|A|` from below."""
+    with torch.no_grad():
+        norm_x = precise_norm(x, batch_dims)
+        norm_A = precise_norm(Ax, batch_dims) / torch.where(norm_x > 0, norm_x, 1.0)
+        met = precise_norm(A_adjoint(r.detach()), batch_dims) <= rtol * norm_A * norm_r
+        return torch.where((status == RUNNING) & (norm_x > 0) & met, int(Status.LEAST_SQUARES), status)
 
 
 def verdict(
@@ -204,14 +222,13 @@ def check_nullspaces(
     like: Tensor,
     batch_dims: int,
 ) -> None:
-    """Raise unless, for a random `z`, `A` maps its part in the nullspace to 0, and `A z` has no part in that of `A^H`.
+    """Raise unless, for a general `z`, `A` maps its part in the nullspace to 0, and `A z` has no part in that of `A^H`.
 
     Raises:
         ValueError: naming the argument. What was solved would not be `A x = b`.
     """
     with torch.no_grad():
-        # the global random state is not ours to change
-        z = torch.randn(like.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(like)
+        z = probe(like)
         n, Az = z - off_right(z), A(z)
         norm_z, norm_n, norm_Az = (precise_norm(v, batch_dims) for v in (z, n, Az))
         tolerance = torch.finfo(like.dtype).eps ** 0.5 * norm_Az
@@ -219,6 +236,10 @@ def check_nullspaces(
             raise ValueError("nullspace: expected vectors n with A n = 0, got some for which it is not")
         if any_true(precise_norm(Az - off_left(Az), batch_dims) > tolerance):
             raise ValueError("left_nullspace: expected vectors y with A^H y = 0, got some for which it is not")
+        for name, off in (("nullspace", off_right), ("left_nullspace", off_left)):
+            once = off(z)
+            if any_true(precise_norm(off(once) - once, batch_dims) > torch.finfo(like.dtype).eps ** 0.5 * norm_z):
+                raise ValueError(f"{name}: expected a projection P with P P = P, got a function that is none")
 
 
 def mismatched(

@@ -36,6 +36,7 @@ class Choice:
         preconditioned: whether there is an `M`.
         least_squares: whether a least-squares problem is asked.
         injective: whether `A` has full column rank.
+        square: whether `A`, with its damping, has as many rows as columns.
         singular: whether the nullspaces of a square `A` are given.
         one_nullspace: whether they are the same for `A` and `A^H`.
         unroll: whether autograd is to go through a factorisation.
@@ -45,6 +46,7 @@ class Choice:
     preconditioned: bool
     least_squares: bool = False
     injective: bool = True
+    square: bool = True
     singular: bool = False
     one_nullspace: bool = False
     unroll: bool = False
@@ -106,6 +108,8 @@ class Choice:
         if self.least_squares and not method.least_squares:
             known = ", ".join(repr(n) for n, kind in METHODS.items() if kind.least_squares)
             raise ValueError(f"{name}: expected a least-squares method, one of {known}, got {method.name!r}")
+        if method.hermitian and self.least_squares and not self.square:
+            raise ValueError(f"{name}: {method.name!r} needs a Hermitian A and no damp; choose 'lsmr'")
         if method.direct and not self.dense and (method.least_squares or self.factors is None):
             needed = "A as a dense Tensor" + ("" if method.least_squares else " or an operator whose structure allows it")
             raise ValueError(f"{name}: {method.name!r} needs {needed}, got {self.operator.expression}")

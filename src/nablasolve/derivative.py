@@ -29,14 +29,15 @@ from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
+from . import certify
 from .closure import transforms_active, transparent
 from .drive import solve_concretely
 from .graph import Run, is_differentiable, is_wrapped, level_of, tracks_beneath
-from .info import Column, Status, converged
+from .info import Column, Status, converged, read_report
 from .nullspaces import Gauge
 from .problem import Problem
 from .trace import as_one_operation
-from .vectors import any_true, flatten, own_precision, precise_norm
+from .vectors import any_true, flatten, own_precision, precise_norm, probe
 
 _functorch = torch._C._functorch
 
@@ -97,6 +98,8 @@ class _Solve(torch.autograd.Function):
         if x_bar is None:
             return tuple(grads)
         problem: Problem = ctx.problem
+        if _functorch.is_legacy_batchedtensor(x_bar) and not (problem.injective and problem.onto):
+            return _each_pulled_back(ctx, x_bar)
         # the pull-back of torch.func.vjp runs after its transform has ended, and its tensors are wrapped no more
         x_bar = _functorch.unwrap_if_dead(x_bar)
         x, b, report, dual, *tensors = [_functorch.unwrap_if_dead(t) for t in _saved(ctx)]
@@ -110,7 +113,8 @@ class _Solve(torch.autograd.Function):
             raise RuntimeError(NO_SECOND_SPARSE_DERIVATIVE)
 
         # what vanishes here need not vanish nearby: a derivative of this pass is one of every term
-        misfit = bool(wanted) and not problem.onto and (again or _any_left(report))
+        left_part = _null_part(problem.H, b, given) if ctx.b is None else None
+        misfit = bool(wanted) and not problem.onto and (again or _any_left(problem, report) or _any_part(problem, left_part, b))
         adjoint = replace(problem.H, dual=misfit)
         w, adjoint_report, _history, dual_of_w = _apply(adjoint, x_bar, None, ctx.count, *tensors)[:4]
         grads[1] = w
@@ -119,12 +123,12 @@ class _Solve(torch.autograd.Function):
 
         def check(y: Tensor) -> None:
             if ctx.b is None:
-                _check_unchanged(problem, b, y, report)
+                _check_unchanged(problem, b if left_part is None else b - left_part, y, report)
             elif ctx.b._version == ctx.b_version:
                 _check_unchanged(problem, ctx.b, y, report)
 
         def check_back(x_back: Tensor) -> None:
-            _check_linear(problem, x_back, x_bar - null_part, adjoint_report)
+            _check_linear(problem, x_back, x_bar if null_part is None else x_bar - null_part, adjoint_report)
 
         # the older vmap of is_grads_batched=True cannot read the batch that it hides
         unchecked = problem.linear or _functorch.is_legacy_batchedtensor(x_bar)
@@ -133,8 +137,11 @@ class _Solve(torch.autograd.Function):
         terms = []
         if misfit:
             v = _attached_dual(problem.tangent, w, dual_of_w, adjoint_report, ctx.count, tensors)
-            terms.append((v, b - problem.differentiable_apply(x, given)))
-        if wanted and not problem.injective and (again or _any_left(adjoint_report) or _any_part(problem, null_part, x_bar)):
+            r = b - problem.differentiable_apply(x, given)
+            _check_rounding(problem, b, r, v, w, x)
+            terms.append((v, r))
+        left = bool(wanted) and not problem.injective
+        if left and (again or _any_left(problem.H, adjoint_report) or _any_part(problem.H, null_part, x_bar)):
             p = x_bar - problem.H.differentiable_apply(w, given)
             if again or _moves(problem, p, x, given, wanted, pull_back):
                 terms.append((p, _attached_dual(problem.H.tangent, x, dual, report, ctx.count, tensors)))
@@ -208,6 +215,15 @@ def _apply(problem: Problem, b: Tensor, x0: Tensor | None, count: int, *tensors:
     size = next(t.shape[0] for t, flag in zip(arguments, batched, strict=True) if flag)
     outputs, out_dims = _Solve.vmap(_BatchSize(size), [0 if flag else None for flag in batched], *arguments)
     return tuple(t if d is None else torch._add_batch_dim(t, d, level) for t, d in zip(outputs, out_dims, strict=True))
+
+
+def _each_pulled_back(ctx: Any, x_bar: Tensor) -> tuple[Any, ...]:
+    """The backward pass of each cotangent in a batch of the older `vmap`, whose batches autograd cannot follow back."""
+    torch._C._vmapmode_increment_nesting()
+    level = torch._C._vmapmode_decrement_nesting()
+    rows = [_Solve.backward(ctx, row) for row in torch._remove_batch_dim(x_bar, level, 0, 0)]
+    columns = zip(*rows, strict=True)
+    return tuple(None if c[0] is None else torch._add_batch_dim(torch.stack(c), 0, level) for c in columns)
 
 
 def _pull_back_in_transform(
@@ -326,25 +342,56 @@ def _unchecked(y: Tensor) -> None:
     """The check of a product that says nothing new."""
 
 
-def _any_left(report: Tensor) -> bool:
-    """Whether the residual of some system is more than its tolerance."""
-    return any_true(report[..., Column.STATUS] != Status.CONVERGED)
+def _any_left(problem: Problem, report: Tensor) -> bool:
+    """Whether the residual of some system is more than what its solve may leave; a direct one leaves rounding only.
+
+    That of a damped problem is never negligible, because its cofactor in the derivative grows as the damping falls.
+    """
+    if problem.data is not None:
+        return True
+    negligible = 100 * torch.finfo(problem.layout.dtype).eps if problem.options.method.direct else problem.options.rtol
+    return any_true(~(report[..., Column.RELATIVE] <= negligible))
 
 
-def _null_part(problem: Problem, x_bar: Tensor, given: Sequence[Tensor]) -> Tensor:
-    """The part of the cotangent in the nullspace, where the user gave that; else zero."""
+def _null_part(problem: Problem, x_bar: Tensor, given: Sequence[Tensor]) -> Tensor | None:
+    """The part in the nullspace of a vector of the domain, where the user gave that; else None."""
     if problem.nullspace is None:
-        return x_bar.new_zeros(())
+        return None
     with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         name = "left_nullspace" if problem.transposed else "nullspace"
         return problem.closures[name].apply(x_bar, problem.split(given)[name])
 
 
-def _any_part(problem: Problem, part: Tensor, of: Tensor) -> bool:
-    """Whether the part of a vector in the nullspace is more than its tolerance, in some system."""
-    if problem.nullspace is None:
+def _any_part(problem: Problem, part: Tensor | None, of: Tensor) -> bool:
+    """Whether the part of a right-hand side of this problem that is in a nullspace is more than its tolerance."""
+    if part is None:
         return False
-    return any_true(precise_norm(part, problem.batch_dims) > problem.H.options.rtol * precise_norm(of, problem.batch_dims))
+    return any_true(precise_norm(part, problem.batch_dims) > problem.options.rtol * precise_norm(of, problem.batch_dims))
+
+
+def _check_rounding(problem: Problem, b: Tensor, r: Tensor, v: Tensor, w: Tensor, x: Tensor) -> None:
+    """Apply the policy of the adjoint solve where nothing is right of `r v^H` beside `w x^H`, as tiny dampings leave it.
+
+    The rounding of `b` is in `r = b - A x`, and `v` is large where a singular value, or the damping, is small.
+    """
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+        data = [t if problem.data is None else t[..., : problem.data] for t in (b, r, w)]  # what belongs to A
+        norm_b, norm_r, norm_w, norm_v, norm_x = (precise_norm(t, problem.batch_dims) for t in (*data, v, x))
+        eps = torch.finfo(b.dtype).eps
+        lost = eps * norm_b * norm_v > 30 * eps**0.5 * (norm_w * norm_x + norm_r * norm_v)
+        if any_true(lost):
+            _fail(problem, x, torch.where(lost, int(Status.ILL_CONDITIONED), int(Status.CONVERGED)))
+
+
+def _fail(problem: Problem, x: Tensor, status: Tensor) -> None:
+    """Report a derivative that is lost as a failed adjoint solve."""
+    report = torch.full((*status.shape, Column.COUNT), torch.nan, dtype=torch.float64, device=status.device)
+    report[..., Column.STATUS] = status
+    for column in (Column.ITERATIONS, Column.MATVECS, Column.RMATVECS):
+        report[..., column] = 0
+    mapped = is_wrapped(report)
+    info = read_report(report, None, problem.adjoint.method.name, [], mapped, problem.least_squares)
+    certify.enforce(problem.adjoint.on_failure, "adjoint", x.detach(), info)
 
 
 def _attached_dual(problem: Problem, b: Tensor, dual: Tensor, report: Tensor, count: int, tensors: Sequence[Tensor]) -> Tensor:
@@ -358,7 +405,11 @@ def _attached_dual(problem: Problem, b: Tensor, dual: Tensor, report: Tensor, co
         return _apply(replace(problem, known=True), b, dual, count, *tensors)[0]
     solution, left, *_ = _apply(problem, b, None, count, *tensors)
     limit = max(CHANGE_SLACK * problem.options.rtol, torch.finfo(b.dtype).eps ** 0.5)
-    if any_true((left[..., Column.STATUS] == Status.LEAST_SQUARES) & (left[..., Column.RELATIVE] > limit)):
+    unreached = (left[..., Column.STATUS] == Status.LEAST_SQUARES) & (left[..., Column.RELATIVE] > limit)
+    if any_true(unreached):
+        if not problem.guessed:  # what A^{+H} has made is in the range, to the rounding that the condition of A magnifies
+            _fail(problem, solution, torch.where(unreached, int(Status.ILL_CONDITIONED), int(Status.CONVERGED)))
+            return solution
         raise RuntimeError(
             "The solution of lstsq is not the minimiser of smallest norm, so that its derivative is not defined: x0 had a part "
             "in the nullspace of A, which has not full column rank. Leave x0 out, or give damp."
@@ -399,9 +450,9 @@ def _moves(
     if problem.nullspace is None:
         return True
     with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
-        p = _null_part(problem, p, given)  # without what the adjoint solve has left
-        # the global random state is not ours to change
-        noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(p)
+        null_part = _null_part(problem, p, given)  # without what the adjoint solve has left
+        p = p if null_part is None else null_part
+        noise = probe(p)
         norms = [
             torch.stack([torch.linalg.vector_norm(part) for part in parts if part is not None]).sum()
             / torch.linalg.vector_norm(v)

@@ -147,14 +147,18 @@ def run(
     r = b if x is None else b - A(x)
     norm_r = precise_norm(r.detach(), batch_dims)
     status = certify.opening(valid, norm_r, threshold)
+    if x is not None and operands.adjoint is not None and problem.least_squares and not problem.onto:
+        status = certify.opening_normal(status, operands.adjoint, r, b - r, x, norm_r, options.rtol, batch_dims)
     iterations: Scalar = space.full(0, b)
     watch = _Watch(problem, norm_r)
-    unstructured = M is None and operands.matrix is None and operands.inverse is None
-    rescaled = Rescaled(A, operands.adjoint, space) if unstructured else None
+    rescaled = Rescaled(A, operands.adjoint, space) if M is None and not method.direct else None
     first_cycle, direction, ended = True, None, status
     hermitian = problem.hermitian or method.hermitian
     norm_s = norm_A = cond_A = torch.zeros_like(norm_r)
     q: Tensor | None = None
+    # those handed in are of the user's A, by its forward method; those of a transposed problem itself are of its own
+    kept = kept if method == problem.forward.method else ()
+    factors = kept
 
     while True:
         spent = torch.as_tensor(iterations >= options.maxiter, device=b.device)
@@ -176,8 +180,8 @@ def run(
             target=as_scalar(target, space, b.dtype),
             steps=options.maxiter,
             matrix=operands.matrix,
-            kept=kept,
-            adjoint_of_kept=problem.transposed,
+            kept=factors,
+            adjoint_of_kept=problem.transposed and bool(kept),
             inverse=operands.inverse,
             adjoint=operands.adjoint if rescaled is None or operands.adjoint is None else rescaled.adjoint,
             left_preconditioner=preconditioner if on_the_left else None,
@@ -186,9 +190,9 @@ def run(
         state = method.init(equation)
         steps, milestone, reached = 0, FIRST_MILESTONE, state.residual_norm
         normal = NormalEquations(problem, state, space, torch.where(missed, RESTART_GAIN, 1.0)) if least else None
+        if normal is not None:
+            normal.look(state)
         while True:
-            if normal is not None:
-                normal.look(state)
             active = state.running
             if not space.any(active):
                 break
@@ -207,7 +211,7 @@ def run(
                         broken = certify.asymmetric(space, A, b)
                     state.stop(Status.NOT_HERMITIAN, broken.item() if isinstance(space, HostSpace) else broken)
                 milestone, reached = MILESTONES * milestone, state.residual_norm
-        kept, direction = kept or method.keep(state), method.direction(state)
+        factors, direction = factors or method.keep(state), method.direction(state)
         ended = torch.as_tensor(state.status, device=b.device)
         d, dq = method.solution(state), method.dual(state) if dual else None
         direction = d if direction is None else direction
@@ -273,7 +277,7 @@ def run(
     counts = operands.counts(problem, diagnosis)
     columns = (status, iterations, residual, relative, *counts, norm_r, norm_s, norm_A, cond_A, norm_x, dual_error)
     report = torch.stack([torch.as_tensor(c, device=b.device).to(norm_b).expand_as(norm_b) for c in columns], dim=-1)
-    return Outcome(x, report, watch.history(), kept, q)
+    return Outcome(x, report, watch.history(), () if problem.transposed and not kept else factors, q)
 
 
 def _diagnosing_adjoint(problem: Problem, b: Tensor, given: Sequence[Tensor], A: Counted, hermitian: bool) -> Counted | None:
@@ -284,8 +288,9 @@ def _diagnosing_adjoint(problem: Problem, b: Tensor, given: Sequence[Tensor], A:
 
 
 def _mismatch(problem: Problem, space: Space, operands: Operands, x: Tensor, r: Tensor, status: Tensor) -> Tensor:
-    """The status of a failed least-squares solve, NOT_HERMITIAN where the user's adjoint is not that of `A`."""
-    if not problem.user_adjoint or operands.adjoint is None:
+    """The status of a failed least-squares solve, NOT_HERMITIAN where the adjoint that was trusted is not that of `A`."""
+    trusted = problem.user_adjoint or problem.hermitian or problem.options.method.hermitian
+    if not trusted or operands.adjoint is None:
         return status
     false = certify.mismatched(space, operands.A, operands.adjoint, x, r)
     return torch.where(certify.unexplained(status) & false, int(Status.NOT_HERMITIAN), status)

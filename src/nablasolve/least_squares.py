@@ -5,7 +5,13 @@
     B = ( sqrt(w) A )     c = ( sqrt(w) (b - A x_ref) )
         (   λ L     ),        (          0            ).
 
-Every derivative is that of the pseudo-inverse of `B`, whose tensors are those of `A` and `L`, and the weights and λ.
+Every derivative is that of the pseudo-inverse of `B`, whose tensors are those of `A` and `L`, and the weights and λ. Where `A`
+has fewer rows than columns, `B` is as ill-conditioned as `1 / λ`, and what its derivative needs of the residual is lost in
+rounding. The same minimiser is then the first part of
+
+    min |x|^2 + |t|^2   subject to   A x + λ t = b                                  (Saunders 1995),
+
+whose operator is as well-conditioned as `A`.
 """
 
 from __future__ import annotations
@@ -14,18 +20,21 @@ import copy
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .graph import tracks_anywhere
+from .choice import claims_hermitian
+from .graph import is_wrapped, tracks_anywhere
+from .info import SolveInfo, Status
+from .methods import CRAIG
 from .operators import DenseOperator, LinearOperator, aslinearoperator, spaces
 from .operators.algebra import add, map_leaves
 from .pose import Policy, Posed, Tree, guess_leaves, posed, right_hand_side, with_flat_params
-from .vectors import Layout, any_true, real_dtype
+from .vectors import Layout, any_true, flatten, precise_norm, real_dtype
 
 
 def pose_least_squares(
@@ -39,8 +48,8 @@ def pose_least_squares(
     domain: Tree,
     batch_dims: int,
     params: Sequence[Any],
-) -> tuple[Posed, Tree]:
-    """The problem that the arguments of `lstsq` ask, and what is to be added to its solution (`x_ref`, or None).
+) -> Asked:
+    """The problem that the arguments of `lstsq` ask, and how its solution is read.
 
     Raises:
         TypeError: for an argument of the wrong type or an unknown option.
@@ -55,6 +64,8 @@ def pose_least_squares(
         operator = copy.copy(operator)  # a codomain that was not given is only square until b says otherwise
         operator.codomain = None
     b, batch_dims = right_hand_side(operator, b, batch_dims)
+    if domain is None and operator.domain is None and (operator.hermitian or claims_hermitian(policy.method)):
+        domain = b
     layout = Layout.of(domain_example(operator, b, batch_dims, domain=domain, x0=policy.x0, x_ref=x_ref), batch_dims)
     injective = operator.claims.full_column_rank or operator.nullspace == ()
     onto = operator.claims.full_row_rank or operator.left_nullspace == ()
@@ -72,6 +83,13 @@ def pose_least_squares(
         operator, b = _weighted(operator, b, root, bool(params))
     data = math.prod(Layout.of(b, batch_dims).vector_shape)
     lam, L = _damping(damp, b, batch_dims)
+    underdetermined, extended = n > m, None
+    # where a method or a guess is given, the iterates are to be that method's from that guess
+    free = underdetermined and policy.method is None and policy.M is None and policy.x0 is None and policy.grad != "unroll"
+    consistent = policy.method == CRAIG.name or isinstance(policy.method, CRAIG)
+    if lam is not None and L is None and (free or consistent) and not any_true(lam == 0):
+        extended, lam, onto = lam, None, True
+        operator = _extended(operator, b, layout, extended, bool(params))
     if lam is not None:
         definite = not any_true(lam == 0) and (L is None or L.claims.full_column_rank)
         injective, onto = injective or definite, False
@@ -81,22 +99,69 @@ def pose_least_squares(
             "M: a preconditioner changes which of several minimisers is found, so that A has to have full column rank: claim "
             "full_rank=True, or give damp"
         )
-    underdetermined = math.prod(layout.vector_shape) > math.prod(Layout.of(b, batch_dims).vector_shape)
     if policy.x0 is not None:
         guess = pytree.tree_unflatten(guess_leaves("x0", layout, policy.x0), layout.spec)
         if shift is not None:
             guess = map_leaves(torch.sub, guess, shift)
         # of several minimisers the shortest is asked, and whatever of x0 lies in the nullspace would stay
-        policy = replace(policy, x0=None if underdetermined and not injective else guess)
+        policy = replace(policy, x0=None if (underdetermined and not injective) or extended is not None else guess)
+    if extended is not None:
+        layout = _extended_layout(operator, layout, b, batch_dims)
     problem = posed(
         operator, b, batch_dims, params, policy, layout, least_squares=True, injective=injective, onto=onto,
-        data=data if lam is not None else None, dual=policy.differentiate and underdetermined and not injective,
+        data=data if lam is not None else None, guessed=policy.x0 is not None and not injective,
+        dual=policy.differentiate and underdetermined and not injective,
     )  # fmt: skip
-    return problem, shift
+    return Asked(problem, shift, extended)
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A posed least-squares problem, and how the minimiser is read from its solution.
+
+    Attributes:
+        posed: the problem.
+        shift: what is to be added, `x_ref`; or None.
+        extended: λ, where the solution is `(x, t)`; else None.
+    """
+
+    posed: Posed
+    shift: Tree
+    extended: Tensor | None
+
+    def minimiser(self, solution: Tree) -> Tree:
+        """`x` from what the problem has for a solution."""
+        x = solution
+        if self.extended is not None:  # of a dense matrix the two are one vector
+            m = self.posed.vector.shape[-1]
+            x = solution[..., : solution.shape[-1] - m] if isinstance(solution, Tensor) else solution[0]
+        return x if self.shift is None else map_leaves(torch.add, x, self.shift)
+
+    def adjust(self, solution: Tree, info: SolveInfo, atol: float) -> None:
+        """Make the record one of `x`: for `(x, t)` the misfit is `λ t`, and with `x_ref` the norm is that of the whole."""
+        problem = self.posed.problem
+        k, vector = problem.batch_dims, problem.solution_layout.pack(solution).detach()
+        if is_wrapped(vector):
+            return  # a record inside torch.vmap is that of the problem as it was posed
+        scalar = (lambda a: a) if isinstance(info.status, Tensor) else (lambda a: a.item())
+        if self.extended is not None:
+            b = self.posed.vector.detach()
+            lam, size = self.extended.detach().abs().to(torch.float64), precise_norm(b, k)
+            misfit = lam * precise_norm(flatten(vector, k)[..., -flatten(b, k).shape[-1] :], k)
+            info.residual_norm, info.norm_r = scalar(misfit), scalar(lam * precise_norm(vector, k))
+            info.relative_residual = scalar(misfit / torch.where(size > 0, size, 1.0))
+            above = scalar((misfit > torch.clamp(problem.forward.rtol * size, min=atol)).expand(size.shape))
+            if isinstance(info.status, Tensor):
+                info.status = torch.where((info.status == Status.CONVERGED) & above, int(Status.LEAST_SQUARES), info.status)
+            elif info.status is Status.CONVERGED and above:
+                info.status = Status.LEAST_SQUARES
+        if self.extended is not None or self.shift is not None:
+            x = torch.cat([flatten(leaf.detach(), k) for leaf in pytree.tree_leaves(self.minimiser(solution))], dim=-1)
+            info.norm_x = scalar(precise_norm(x, k))
 
 
 def domain_example(operator: LinearOperator, b: Tree, batch_dims: int, **given: Tree) -> Tree:
-    """The zero vector of the domain, of `b`'s dtype unless the operator maps real vectors to complex ones.
+    """The zero vector of the domain, of `b`'s dtype unless the operator maps real vectors to complex ones, or back.
 
     Args:
         operator: `A`, which may know its domain.
@@ -112,6 +177,8 @@ def domain_example(operator: LinearOperator, b: Tree, batch_dims: int, **given: 
     named = next(((name, example) for name, example in given.items() if example is not None), None)
     real = known is not None and spaces.is_complex(operator.codomain) and not spaces.is_complex(known)
     dtype = real_dtype(first.dtype) if real else first.dtype
+    if spaces.is_complex(known if named is None else spaces.space_of(*named)):
+        dtype = dtype.to_complex()
     if named is not None:
         name, example = named
         leaves = pytree.tree_leaves(spaces.space_of(name, example))
@@ -237,7 +304,15 @@ def _damping(damp: Any, b: Tree, batch_dims: int) -> tuple[Tensor | None, Linear
 def _damped(
     operator: LinearOperator, b: Tree, layout: Layout, lam: Tensor, L: LinearOperator | None, with_params: bool
 ) -> tuple[LinearOperator, Tree]:
-    """`(A, λ L)` and `(b, 0)`."""
+    """`(A, λ L)` and `(b, 0)`.
+
+    Raises:
+        ValueError: if `L` has another domain.
+    """
+    example = layout.unpack(layout.zero(pytree.tree_leaves(b)[0], layout.batch_dims))
+    if L is not None and L.domain is not None and not spaces.agree(L.domain, example):
+        got = f"{L.expression} on vectors {spaces.shapes(L.domain)}"
+        raise ValueError(f"damp: expected L on vectors {spaces.shapes(example)} like x, got {got}")
     if isinstance(operator, DenseOperator) and (L is None or isinstance(L, DenseOperator)):
         matrix, n = operator.matrix, operator.matrix.shape[-1]
         lower = torch.eye(n, dtype=matrix.dtype, device=matrix.device) if L is None else L.matrix
@@ -259,11 +334,39 @@ def _damped(
 
     parts: tuple[LinearOperator, ...] = (operator,) if L is None else (operator, L)
     written = not with_params and all(part.has_adjoint for part in parts)
-    zero = layout.unpack(layout.zero(pytree.tree_leaves(b)[0], layout.batch_dims))
     if L is not None:
         with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
-            zero = map_leaves(torch.zeros_like, L(zero))
-    return _Built(parts, fn, adjoint if written else None), (b, zero)
+            example = map_leaves(torch.zeros_like, L(example))
+    return _Built(parts, fn, adjoint if written else None), (b, example)
+
+
+def _extended(operator: LinearOperator, b: Tree, layout: Layout, lam: Tensor, with_params: bool) -> LinearOperator:
+    """`(x, t) -> A x + λ t`."""
+
+    def times(v: Tree) -> Tree:
+        return map_leaves(lambda leaf: lam.reshape(lam.shape + (1,) * (leaf.ndim - lam.ndim)) * leaf, v)
+
+    if isinstance(operator, DenseOperator):
+        matrix, m = operator.matrix, operator.matrix.shape[-2]
+        right = lam[..., None, None] * torch.eye(m, dtype=matrix.dtype, device=matrix.device)
+        batch = torch.broadcast_shapes(matrix.shape[:-2], right.shape[:-2])
+        return DenseOperator(torch.cat([block.expand(*batch, *block.shape[-2:]) for block in (matrix, right)], dim=-1))
+
+    def fn(v: Tree, *params: Tensor) -> Tree:
+        image = operator.fn(v[0], *params) if params else operator.apply(v[0])
+        return map_leaves(add, image, times(v[1]))
+
+    def adjoint(y: Tree) -> Tree:
+        return operator.apply_adjoint(y), times(y)
+
+    return _Built((operator,), fn, None if with_params or not operator.has_adjoint else adjoint)
+
+
+def _extended_layout(operator: LinearOperator, layout: Layout, b: Tree, batch_dims: int) -> Layout:
+    """That of `(x, t)`, which of a dense matrix is one vector."""
+    if isinstance(operator, DenseOperator):
+        return Layout.of(b.new_zeros(*b.shape[:-1], operator.matrix.shape[-1]), batch_dims)
+    return Layout.of((layout.unpack(layout.zero(pytree.tree_leaves(b)[0], batch_dims)), b), batch_dims)
 
 
 class _Built(LinearOperator):

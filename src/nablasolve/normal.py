@@ -24,7 +24,8 @@ class NormalEquations:
         self.problem, self.space, self.eps = problem, space, state.problem.epsilon
         eps = self.eps
         self.sought = problem.least_squares and not problem.onto
-        self.rtol = max(problem.options.rtol, eps) if self.sought else certify.NULL_SLACK * eps
+        rcond = getattr(problem.options.method, "rcond", None) or 0.0  # what the SVD leaves out it leaves in A^H r
+        self.rtol = max(problem.options.rtol, eps, rcond) if self.sought else certify.NULL_SLACK * eps
         self.meaning = Status.LEAST_SQUARES if self.sought else Status.INCONSISTENT
         self.tolerance = as_scalar(self.rtol * aim, space, state.problem.rhs.dtype)
         self.limit = 1 / (certify.NULL_SLACK * eps)
@@ -52,13 +53,14 @@ class NormalEquations:
         with torch.no_grad():
             s = operands.adjoint(r.detach())
             if operands.M is not None and not self.problem.transposed:
-                square = self.space.real_dot(s, operands.M(s))
-                after = torch.as_tensor(self.space.sqrt(square), device=r.device).to(norm_r)
+                square = torch.as_tensor(self.space.real_dot(s, operands.M(s)), device=r.device).to(norm_r)
+                after = torch.where(square >= 0, square.clamp(min=0).sqrt(), torch.inf)  # else M has the wrong sign
                 return certify.Normal(self.before, after, limit, self.meaning)
             after = precise_norm(s, self.space.batch_dims)
         if self.sought:
             size = norm_b + self.norm_A * precise_norm(x.detach(), self.space.batch_dims)
-            limit = torch.maximum(limit, certify.NULL_SLACK * self.eps * self.norm_A * size)
+            rounding = certify.NULL_SLACK * self.eps * size  # of r; of what x has exploded it says nothing
+            limit = torch.maximum(limit, self.norm_A * torch.minimum(rounding, self.eps ** (1 / 3) * norm_r))
         return certify.Normal(self.before, after, limit, self.meaning)
 
 

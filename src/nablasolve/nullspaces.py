@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .graph import is_wrapped
 from .operators import LinearOperator
-from .vectors import Layout, any_true, flatten
+from .vectors import Layout, any_true, flatten, precise_norm
 
 Tree = Any  # a tensor, or a pytree of tensors
 
@@ -77,6 +77,10 @@ class Nullspace:
             ValueError: if a vector has the wrong structure or shape.
         """
         rows = [row for vector in self.vectors for row in self._rows(vector, layout, like)]
+        for row in rows:
+            norm = precise_norm(row.detach(), row.ndim - 1)
+            if any_true(~(norm > 0) | ~torch.isfinite(norm)):
+                raise ValueError(f"{self.name}: expected vectors other than zero, got one that is zero, NaN or Inf")
         return torch.stack(torch.broadcast_tensors(*rows), dim=-1)
 
     def _rows(self, vector: Tree, layout: Layout, like: Tensor) -> list[Tensor]:
@@ -93,6 +97,9 @@ class Nullspace:
         if shapes != bare and shapes != full:
             expected = " or ".join(str(s[0] if layout.single else s) for s in dict.fromkeys(map(tuple, (bare, full))))
             raise ValueError(f"{self.name}: expected shape {expected} like x, got {shapes[0] if layout.single else shapes}")
+        for leaf in leaves:
+            if leaf.is_complex() and not like.is_complex():
+                raise ValueError(f"{self.name}: expected real vectors like x, got {leaf.dtype}")
         dims = k if shapes == full and k else 0
         return [torch.cat([flatten(leaf.to(like.dtype), dims) for leaf in leaves], dim=-1)]
 
@@ -150,7 +157,8 @@ class Gauge:
         size = torch.linalg.vector_norm(c, dim=-2).unsqueeze(-1) * torch.linalg.vector_norm(null, dim=-2).unsqueeze(-2)
         if any_true(torch.linalg.svdvals(meets / size)[..., -1] <= k * torch.finfo(x.dtype).eps):
             raise ValueError("gauge: c^H x says nothing of the part of x in the nullspace, because c^H N is singular")
-        along: Tensor = torch.linalg.solve(meets, g.unsqueeze(-1) - now)
+        # by the inverse: torch 2.13's derivatives of linalg.solve are wrong in forward mode over forward mode
+        along: Tensor = torch.linalg.inv(meets) @ (g.unsqueeze(-1) - now)
         return x + (null @ along).reshape(x.shape)
 
 

@@ -157,7 +157,8 @@ class Rescaled:
         y = apply(v)
         if self.size is None:
             ratio = precise_norm(y.detach(), self.batch_dims) / precise_norm(v.detach(), self.batch_dims)
-            limit = torch.finfo(v.dtype).tiny ** -0.25
+            # conjugate gradients on the normal equations square what has been multiplied by A twice
+            limit = torch.finfo(v.dtype).tiny ** (-0.25 if self.A_adjoint is None else -0.125)
             extreme = torch.isfinite(ratio) & (ratio > 0) & ((ratio > limit) | (ratio < 1 / limit))
             self.size = torch.where(extreme, torch.exp2(torch.log2(torch.where(extreme, ratio, 1.0)).round()), 1.0)
             self.ordinary = not any_true(extreme)

@@ -123,6 +123,7 @@ def posed(
         preconditioned=M is not None,
         least_squares=bool(least_squares),
         injective=least_squares.get("injective", True),
+        square=layout.vector_shape == solution_layout.vector_shape,
         singular=singular is not None,
         one_nullspace=singular is not None and singular.one,
         unroll=policy.differentiate and policy.grad == "unroll",

@@ -62,6 +62,7 @@ class Problem:
         onto: whether `A` is known to reach every `b`, likewise.
         data: how many entries of `b`, the first ones, are data; those after them belong to a damping.
         dual: whether the `q` with `x = A^H q` is wanted, where the method finds it on its way.
+        guessed: whether the solution of a least-squares problem may have kept a part of a guess in the nullspace of `A`.
         hermitian: whether `A` is claimed Hermitian.
         positive_definite: whether it is claimed positive definite.
         batch_dims: the number of leading dimensions that count systems.
@@ -99,6 +100,7 @@ class Problem:
     onto: bool = True
     data: int | None = None
     dual: bool = False
+    guessed: bool = False
     callback: Callable[[Any], Any] | None = None
     progress: bool = False
     history: bool = False

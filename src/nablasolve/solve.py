@@ -18,7 +18,7 @@ from .methods import CG, CGLS, GMRES, LSMR, LSQR, MINRES, BiCGStab, Method
 from .operators.algebra import map_leaves
 from .pose import Policy, Posed, pose
 from .problem import Problem
-from .vectors import any_true, own_precision, precise_norm
+from .vectors import any_true, own_precision
 
 Tree = Any  # a tensor, or a pytree (tuple, list, dict) of tensors
 
@@ -536,21 +536,17 @@ def lstsq_with_record(
     policy = Policy(
         method, M, x0, rtol, atol, maxiter, grad, adjoint, on_failure, on_adjoint_failure, callback, progress, history
     )
-    posed, shift = pose_least_squares(
+    asked = pose_least_squares(
         A, b, policy, damp=damp, weight=weight, x_ref=x_ref, domain=domain, batch_dims=batch_dims, params=params
     )
-    if shift is None:
-        return solved(posed, policy)
     try:
-        x, info = solved(posed, policy)
+        solution, info = solved(asked.posed, policy)
     except ConvergenceError as error:
-        error.x = map_leaves(torch.add, error.x, map_leaves(torch.Tensor.detach, shift))
+        error.x = map_leaves(torch.Tensor.detach, asked.minimiser(error.x))
         raise
-    x = map_leaves(torch.add, x, shift)
-    layout, batch_dims = posed.problem.solution_layout, posed.problem.batch_dims
-    norm_x = precise_norm(layout.pack(x).detach(), batch_dims)
-    info.norm_x = norm_x if isinstance(info.status, Tensor) else norm_x.item()
-    return x, info
+    asked.adjust(solution, info, policy.atol)
+    x = asked.minimiser(solution)
+    return (map_leaves(torch.Tensor.detach, x) if grad == "none" else x), info
 
 
 def solved(posed: Posed, policy: Policy) -> tuple[Tree, SolveInfo]:
@@ -570,6 +566,7 @@ def solved(posed: Posed, policy: Policy) -> tuple[Tree, SolveInfo]:
         x, report, past = outcome.x, outcome.report, outcome.history
     if gauge is not None:
         x = derivative.in_gauge(problem, x, gauge, given)
+        x = x.detach() if policy.grad == "none" else x
     mapped = is_wrapped(report)
     if mapped and report.ndim == 1 and not _is_batched(report):
         report, past, mapped = _unwrapped(report), _unwrapped(past), False

@@ -269,4 +269,6 @@ def _memory(tensor: Tensor) -> int:
     plain = tensor
     while is_wrapped(plain):
         plain = _functorch.get_unwrapped(plain)
-    return plain.untyped_storage().data_ptr() if plain.layout == torch.strided and plain.device.type != "meta" else 0
+    if plain.layout != torch.strided or plain.device.type == "meta" or _functorch.is_legacy_batchedtensor(plain):
+        return 0
+    return plain.untyped_storage().data_ptr()

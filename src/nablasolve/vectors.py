@@ -346,7 +346,18 @@ class _Any(torch.autograd.Function):
 
 def any_true(condition: Tensor | bool) -> bool:
     """Whether any element is true; a synchronisation of the host with the device."""
-    return bool(_Any.apply(condition)) if isinstance(condition, Tensor) else bool(condition)
+    if not isinstance(condition, Tensor):
+        return bool(condition)
+    if torch._C._functorch.is_legacy_batchedtensor(condition):  # the older vmap of is_grads_batched=True
+        torch._C._vmapmode_increment_nesting()
+        condition = torch._remove_batch_dim(condition, torch._C._vmapmode_decrement_nesting(), 0, 0)
+    return bool(_Any.apply(condition))
+
+
+def probe(like: Tensor) -> Tensor:
+    """A vector with a part in every direction that nothing was chosen for; no draw, since the random state is the user's."""
+    count = torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device)
+    return (0.7 * count * count).cos().reshape(like.shape).to(like.dtype)
 
 
 class Basis:

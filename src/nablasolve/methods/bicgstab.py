@@ -12,9 +12,8 @@ from ..info import Status
 from ..vectors import Scalar
 from .base import Correction, Method, State, initial_status, zeros
 
-# The part of the digits of rho below which a restart gains more than it loses. Rounding moves rho = shadow^H r, |shadow| = 1,
-# by about |r| epsilon, and what rho has lost its coefficients have lost (Sleijpen & van der Vorst 1995).
-DIGITS = 1 / 6
+# Rounding leaves about this part of |r| epsilon in rho = shadow^H r, |shadow| = 1: what is smaller has no digit.
+NOISE = 0.1
 
 
 @dataclass(eq=False)
@@ -35,9 +34,9 @@ class BiCGStab(Method[BiCGStabState]):
     """BiCGStab (van der Vorst 1992; Saad 2003, Algorithm 7.7), preconditioned on the right.
 
     For any square `A`. Two products with `A` and two with `M` a step, one fewer where half a step converges. A breakdown
-    is measured against the vectors that cause it: where `rho`, small beside them, has lost its digits, the answer is a
-    restart from the true residual if that is smaller than the one the cycle began with, and else the next step, which may
-    recover. Storage: 5 vectors (`x`, `r`, its shadow, `p`, `v`) beside `b`, the solution, and what `A` and `M` return.
+    is measured against the vectors that cause it. Where `rho` is rounding beside them, the answer is a restart from the true
+    residual, if that is smaller than the one the cycle began with, and else the next step, which may recover. Storage:
+    5 vectors (`x`, `r`, its shadow, `p`, `v`) beside `b`, the solution, and what `A` and `M` return.
     """
 
     name: ClassVar[str] = "bicgstab"
@@ -77,7 +76,7 @@ class BiCGStab(Method[BiCGStabState]):
         rho = space.dot(s.shadow, s.r)
         unfinished = s.residual_norm > problem.target
         # from a larger residual a restart would gain nothing
-        lost = (abs(rho) <= problem.epsilon ** (1 - DIGITS) * s.residual_norm) & (s.residual_norm < 1)
+        lost = (abs(rho) <= NOISE * problem.epsilon * s.residual_norm) & (s.residual_norm < 1)
         s.stop(Status.BREAKDOWN, unfinished & (negligible | lost))
         s.stop(Status.BREAKDOWN, s.residual_norm * problem.epsilon > 1)
         # p = r + beta (p - omega v)

@@ -450,7 +450,7 @@ def check_reaction(reaction: Any, conductivity: Tensor, grid: tuple[int, ...]) -
         ValueError: if it has an integer dtype, another device, or a shape that does not broadcast against the grid.
     """
     if reaction is None or isinstance(reaction, int | float | complex):
-        return reaction
+        return reaction or None  # none of it leaves the constants in the nullspace
     if not isinstance(reaction, Tensor):
         raise TypeError(f"reaction: expected a number, a Tensor or None, got {type(reaction).__name__}")
     _check_tensor("reaction", reaction)
