@@ -6,6 +6,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 DPROX := .venv-dprox
+BENCH := .venv-bench
 READY := $(VENV)/.ready
 SHELL := /bin/bash
 say = @printf '\n== %s\n' $(1)
@@ -13,7 +14,7 @@ say = @printf '\n== %s\n' $(1)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples test test-dprox lint types clean
+.PHONY: help demo examples bench test test-dprox lint types clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +27,10 @@ examples: $(READY) ## five short programs of the kind that a user writes, each w
 	$(call say,'Examples')
 	@mkdir -p outputs
 	@set -e; for f in examples/*.py; do echo "$$f"; (cd outputs && ../$(BIN)/python ../$$f); done
+
+bench: $(BENCH)/.ready ## compare with other libraries, in an environment of its own (a first look: BENCH_OPTIONS="--sizes small")
+	$(call say,'Benchmark')
+	@$(BENCH)/bin/python -m benchmarks $(BENCH_OPTIONS)
 
 test: lint types ## lint, types, and all tests
 	$(call say,'Tests: pytest with $(WORKERS) workers')
@@ -45,7 +50,7 @@ types: $(READY) ## mypy --strict on src
 	@$(BIN)/mypy
 
 clean: ## remove the environment and all caches
-	rm -rf $(VENV) $(DPROX) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DPROX) $(BENCH) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(READY) exists only while the environment is whole: it goes first and comes last. Without it whatever an interrupted
@@ -71,4 +76,17 @@ $(DPROX)/.ready: pyproject.toml tests_dprox/requirements.txt
 	$(call say,'Environment of dprox 3/3: dprox and what it imports')
 	@$(DPROX)/bin/python -m pip install --quiet -r tests_dprox/requirements.txt
 	@$(DPROX)/bin/python -m pip install --quiet --no-deps dprox==0.2.1 -e .
+	@touch $@
+
+# A library that pip cannot install is left out, and the table says so.
+$(BENCH)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
+	@test -n "$(PYTHON)" || { echo 'No python3.11 or python3 was found: install Python 3.11 and run make again.' >&2; exit 1; }
+	$(call say,'Environment of the benchmark 1/3: $(BENCH) from $(PYTHON)')
+	@$(PYTHON) -m venv --clear $(BENCH)
+	$(call say,'Environment of the benchmark 2/3: torch (the long download)')
+	@$(BENCH)/bin/python -m pip install -c constraints.txt torch
+	$(call say,'Environment of the benchmark 3/3: nablasolve and the other libraries')
+	@$(BENCH)/bin/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	@grep -v '^#' benchmarks/requirements.txt | while read -r line; do \
+		$(BENCH)/bin/python -m pip install --quiet -c constraints.txt $$line </dev/null || echo "not installed: $$line"; done
 	@touch $@

@@ -193,7 +193,7 @@ def lstsq(
         x_ref: a prior centre with the structure of `x`: the damping is of `x - x_ref`, and of several minimisers it is the one
             nearest to `x_ref`.
         domain: an example of `x` (tensor or pytree, batch dimensions included), where `A` is a bare function; only its
-            structure is read. By default that of `x0`.
+            structure is read, and whether it is complex. By default that of `x0`.
         method: `"lsmr"`, `"lsqr"`, `"cgls"`, `"craig"` (consistent systems), `"minres_qlp"` (Hermitian `A`), for a dense Tensor
             `"svd"` or `"qr"` (full rank), or a method object. None chooses `"svd"` for a dense Tensor and LSMR for
             everything else.
