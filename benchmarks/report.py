@@ -167,15 +167,22 @@ def plot(results: Results, path: Path) -> bool:
     return True
 
 
+def drawable(ratio: float | None) -> bool:
+    """Whether a logarithmic axis has a place for it: the difference of two noisy times may be negative."""
+    return ratio is not None and ratio > 0
+
+
 def draw_ratios(axes: Any, rows: Sequence[Row], color: dict[str, str]) -> None:
     """Two bars a library: forward, paler, and forward with backward."""
-    shown = [r for r in rows if r.forward_ratio is not None or r.gradient_ratio is not None]
+    shown = [r for r in rows if drawable(r.forward_ratio) or drawable(r.gradient_ratio)]
     axes.set_xscale("log")
+    if not shown:
+        return
     for i, r in enumerate(shown):
         one = r.forward_ratio is None or r.gradient_ratio is None
         for ratio, offset, alpha in ((r.forward_ratio, -0.2, 0.5), (r.gradient_ratio, 0.2, 1.0)):
             offset = 0.0 if one else offset
-            if ratio is not None:
+            if drawable(ratio):
                 axes.barh(i + offset, ratio - 1, height=0.38, left=1, color=color[r.library], alpha=alpha)
                 place, side = (4, "left") if ratio >= 1 else (-4, "right")
                 axes.annotate(
@@ -188,7 +195,7 @@ def draw_ratios(axes: Any, rows: Sequence[Row], color: dict[str, str]) -> None:
                     fontsize=7,
                 )
     axes.axvline(1, color="#333333", linewidth=0.9)
-    ratios = [x for r in shown for x in (r.forward_ratio, r.gradient_ratio) if x is not None]
+    ratios = [x for r in shown for x in (r.forward_ratio, r.gradient_ratio) if drawable(x)]
     axes.set_xlim(min(0.5, 0.6 * min(ratios)), max(2.0, 1.7 * max(ratios)))
     ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks], fontsize=8)
@@ -204,7 +211,7 @@ def draw_memory(axes: Any, rows: Sequence[Row], color: dict[str, str]) -> None:
     """Peak memory against iterations, dashed where unrolled."""
     for r in rows:
         if r.memory_by_iterations:
-            counts, peaks = zip(*((int(k), v / MIB) for k, v in r.memory_by_iterations.items()), strict=True)
+            counts, peaks = zip(*((int(k), max(v, 1) / MIB) for k, v in r.memory_by_iterations.items()), strict=True)
             style = "--" if "unrolled" in r.library else "-"
             axes.loglog(counts, peaks, style, marker="o", markersize=4, color=color[r.library.split(",")[0]], label=r.library)
             axes.set_xticks(counts, [str(k) for k in counts])

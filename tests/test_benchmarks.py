@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -103,6 +104,8 @@ def test_the_report_has_a_row_for_each_and_json_round_trips(quick, tmp_path):
     assert page.count("\n| nablasolve |") == page.count("\n| floor |") == len(kinds)
     assert report.plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+    noisy = [dataclasses.replace(row, forward_ratio=-0.5) for row in results.rows]  # a difference of two times
+    assert report.plot(dataclasses.replace(results, rows=noisy), tmp_path / "noisy.png")
 
 
 class NotThere(Floor):
