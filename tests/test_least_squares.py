@@ -1324,6 +1324,7 @@ def function(v: Tensor) -> Tensor:
     return A @ v
 
 
+EYE = torch.eye(5, dtype=torch.float64)
 REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "no domain": (ValueError, "^domain: ", lambda: ns.lstsq(function, B)),
     "a domain that is no tensor": (TypeError, "^domain: ", lambda: ns.lstsq(function, B, domain=5)),
@@ -1349,9 +1350,13 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "SVD for a function": (ValueError, "^method: 'svd' needs", lambda: ns.lstsq(function, B, domain=X, method="svd")),
     "QR for a function": (ValueError, "^method: 'qr' needs", lambda: ns.lstsq(function, B, domain=X, method="qr")),
     "a Hermitian method for a tall A": (ValueError, "^method: 'minres_qlp'", lambda: ns.lstsq(A, B, method="minres_qlp")),
-    "a Hermitian method with damping": (
+    "a Hermitian method with an operator in damp": (
         ValueError, "^method: 'minres_qlp'",
-        lambda: ns.lstsq(torch.eye(5, dtype=torch.float64), X + 1, damp=0.1, method="minres_qlp"),
+        lambda: ns.lstsq(EYE, X + 1, damp=(0.1, EYE), method="minres_qlp"),
+    ),
+    "a Hermitian method with weights": (
+        ValueError, "^weight: ",
+        lambda: ns.lstsq(EYE, X + 1, weight=EYE[0], method="minres_qlp"),
     ),
     "complex damping": (TypeError, "^damp: expected a real", lambda: ns.lstsq(A, B, damp=1j)),
     "a complex tensor of damping": (TypeError, "^damp: ", lambda: ns.lstsq(A, B, damp=torch.tensor(1j))),

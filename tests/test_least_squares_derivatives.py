@@ -506,3 +506,21 @@ def test_exploded_guess_is_not_certified():
     x, info = ns.lstsq_ex(lambda v: A @ v, b, x0=1e16 * null)
     normal = torch.linalg.vector_norm(A.T @ (b - A @ x))
     assert not info.converged or normal <= 1e-5 * torch.linalg.matrix_norm(A) * torch.linalg.vector_norm(b - A @ x)
+
+
+@pytest.mark.parametrize("dense", (True, False), ids=("dense", "function"))
+@pytest.mark.parametrize("dtype", (F64, C128), ids=str)
+@pytest.mark.parametrize("rank", (8, 5))
+def test_hermitian_method_takes_a_damping_and_its_gradient(rank, dtype, dense):
+    R, b = draw(8, rank, dtype=dtype).requires_grad_(), draw(8, dtype=dtype, seed=1).requires_grad_()
+    damp = torch.tensor(0.3, dtype=F64, requires_grad=True)
+    signs = torch.tensor([1.0, -1.0] * 4, dtype=F64)[:rank].to(dtype)
+    A = (R * signs) @ R.mH
+    x, info = ns.lstsq_ex(A if dense else (lambda v: (R * signs) @ (R.mH @ v)), b, damp=damp, method="minres_qlp", rtol=TIGHT)
+    reference = torch.linalg.inv(A @ A + damp**2 * torch.eye(8, dtype=dtype)) @ (A @ b)
+    assert info.status == ns.Status.LEAST_SQUARES
+    assert info.residual_norm == pytest.approx(torch.linalg.vector_norm(b - A @ x).item())
+    assert relative_error(x, reference) <= 1e-9
+    ours, theirs = (torch.autograd.grad(loss(y), (R, b, damp), retain_graph=True) for y in (x, reference))
+    for one, other in zip(ours, theirs, strict=True):
+        assert relative_error(one, other) <= 1e-7

@@ -109,7 +109,7 @@ class Choice:
             known = ", ".join(repr(n) for n, kind in METHODS.items() if kind.least_squares)
             raise ValueError(f"{name}: expected a least-squares method, one of {known}, got {method.name!r}")
         if method.hermitian and self.least_squares and not self.square:
-            raise ValueError(f"{name}: {method.name!r} needs a Hermitian A and no damp; choose 'lsmr'")
+            raise ValueError(f"{name}: {method.name!r} needs a square Hermitian A, and no operator in damp; choose 'lsmr'")
         if method.direct and not self.dense and (method.least_squares or self.factors is None):
             needed = "A as a dense Tensor" + ("" if method.least_squares else " or an operator whose structure allows it")
             raise ValueError(f"{name}: {method.name!r} needs {needed}, got {self.operator.expression}")

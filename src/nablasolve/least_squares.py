@@ -11,7 +11,8 @@ rounding. The same minimiser is then the first part of
 
     min |x|^2 + |t|^2   subject to   A x + λ t = b                                  (Saunders 1995),
 
-whose operator is as well-conditioned as `A`.
+whose operator is as well-conditioned as `A`. A method for Hermitian operators is given one as well, for a Hermitian `A` with
+damping: `s = (b - A x) / λ` makes `(A, λ; -λ, A)` of it, with its rows exchanged.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ def pose_least_squares(
         root = _square_root(weight, b)
         positive = not any(any_true(leaf == 0) for leaf in pytree.tree_leaves(root))
         injective, onto = injective and positive, onto and positive
+        if claims_hermitian(policy.method):
+            raise ValueError("weight: makes A another than the Hermitian one that the method needs; choose 'lsmr'")
         operator, b = _weighted(operator, b, root, bool(params))
     data = math.prod(Layout.of(b, batch_dims).vector_shape)
     lam, L = _damping(damp, b, batch_dims)
@@ -90,6 +93,13 @@ def pose_least_squares(
     if lam is not None and L is None and (free or consistent) and not any_true(lam == 0):
         extended, lam, onto = lam, None, True
         operator = _extended(operator, b, layout, extended, bool(params))
+    vector, of_x = Layout.of(b, batch_dims).pack(b), layout
+    if lam is not None and L is None and claims_hermitian(policy.method) and n == m and not any_true(lam == 0):
+        extended, lam, injective, onto = lam, None, True, True
+        operator, pair = _hermitian_extended(operator, b, extended, bool(params))
+        layout, b = _extended_layout(operator, layout, b, batch_dims), pair
+    elif extended is not None:
+        layout = _extended_layout(operator, layout, b, batch_dims)
     if lam is not None:
         definite = not any_true(lam == 0) and (L is None or L.claims.full_column_rank)
         injective, onto = injective or definite, False
@@ -100,19 +110,17 @@ def pose_least_squares(
             "full_rank=True, or give damp"
         )
     if policy.x0 is not None:
-        guess = pytree.tree_unflatten(guess_leaves("x0", layout, policy.x0), layout.spec)
+        guess = pytree.tree_unflatten(guess_leaves("x0", of_x, policy.x0), of_x.spec)
         if shift is not None:
             guess = map_leaves(torch.sub, guess, shift)
         # of several minimisers the shortest is asked, and whatever of x0 lies in the nullspace would stay
         policy = replace(policy, x0=None if (underdetermined and not injective) or extended is not None else guess)
-    if extended is not None:
-        layout = _extended_layout(operator, layout, b, batch_dims)
     problem = posed(
         operator, b, batch_dims, params, policy, layout, least_squares=True, injective=injective, onto=onto,
         data=data if lam is not None else None, guessed=policy.x0 is not None and not injective,
         dual=policy.differentiate and underdetermined and not injective,
     )  # fmt: skip
-    return Asked(problem, shift, extended)
+    return Asked(problem, vector, shift, extended)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,11 +129,13 @@ class Asked:
 
     Attributes:
         posed: the problem.
+        b: the right-hand side as a vector, with its weights.
         shift: what is to be added, `x_ref`; or None.
         extended: λ, where the solution is `(x, t)`; else None.
     """
 
     posed: Posed
+    b: Tensor
     shift: Tree
     extended: Tensor | None
 
@@ -133,7 +143,7 @@ class Asked:
         """`x` from what the problem has for a solution."""
         x = solution
         if self.extended is not None:  # of a dense matrix the two are one vector
-            m = self.posed.vector.shape[-1]
+            m = self.b.shape[-1]
             x = solution[..., : solution.shape[-1] - m] if isinstance(solution, Tensor) else solution[0]
         return x if self.shift is None else map_leaves(torch.add, x, self.shift)
 
@@ -145,7 +155,7 @@ class Asked:
             return  # a record inside torch.vmap is that of the problem as it was posed
         scalar = (lambda a: a) if isinstance(info.status, Tensor) else (lambda a: a.item())
         if self.extended is not None:
-            b = self.posed.vector.detach()
+            b = self.b.detach()
             lam, size = self.extended.detach().abs().to(torch.float64), precise_norm(b, k)
             misfit = lam * precise_norm(flatten(vector, k)[..., -flatten(b, k).shape[-1] :], k)
             info.residual_norm, info.norm_r = scalar(misfit), scalar(lam * precise_norm(vector, k))
@@ -360,6 +370,27 @@ def _extended(operator: LinearOperator, b: Tree, layout: Layout, lam: Tensor, wi
         return operator.apply_adjoint(y), times(y)
 
     return _Built((operator,), fn, None if with_params or not operator.has_adjoint else adjoint)
+
+
+def _hermitian_extended(operator: LinearOperator, b: Tree, lam: Tensor, with_params: bool) -> tuple[LinearOperator, Tree]:
+    """`(x, s) -> (A s - λ x, A x + λ s)`, which is Hermitian if `A` is, and `(0, b)`."""
+
+    def times(v: Tree) -> Tree:
+        return map_leaves(lambda leaf: lam.reshape(lam.shape + (1,) * (leaf.ndim - lam.ndim)) * leaf, v)
+
+    if isinstance(operator, DenseOperator):
+        A = operator.matrix
+        shift = lam[..., None, None] * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+        A, shift = torch.broadcast_tensors(A, shift)
+        matrix = torch.cat([torch.cat([-shift, A], dim=-1), torch.cat([A, shift], dim=-1)], dim=-2)
+        return DenseOperator(matrix), torch.cat([torch.zeros_like(b), b], dim=-1)
+
+    def fn(v: Tree, *params: Tensor) -> Tree:
+        x, s = v
+        of_x, of_s = (operator.fn(u, *params) if params else operator.apply(u) for u in (x, s))
+        return map_leaves(torch.sub, of_s, times(x)), map_leaves(add, of_x, times(s))
+
+    return _Built((operator,), fn, None), (map_leaves(torch.zeros_like, b), b)
 
 
 def _extended_layout(operator: LinearOperator, layout: Layout, b: Tree, batch_dims: int) -> Layout:
