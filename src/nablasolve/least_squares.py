@@ -35,7 +35,7 @@ from .methods import CRAIG
 from .operators import DenseOperator, LinearOperator, aslinearoperator, spaces
 from .operators.algebra import add, map_leaves
 from .pose import Policy, Posed, Tree, guess_leaves, posed, right_hand_side, with_flat_params
-from .vectors import Layout, any_true, flatten, precise_norm, real_dtype
+from .vectors import Layout, any_true, flatten, precise_norm, real_dtype, spread
 
 
 def pose_least_squares(
@@ -92,7 +92,7 @@ def pose_least_squares(
     consistent = policy.method == CRAIG.name or isinstance(policy.method, CRAIG)
     if lam is not None and L is None and (free or consistent) and not any_true(lam == 0):
         extended, lam, onto = lam, None, True
-        operator = _extended(operator, b, layout, extended, bool(params))
+        operator = _extended(operator, extended, bool(params))
     vector, of_x = Layout.of(b, batch_dims).pack(b), layout
     if lam is not None and L is None and claims_hermitian(policy.method) and n == m and not any_true(lam == 0):
         extended, lam, injective, onto = lam, None, True, True
@@ -311,6 +311,11 @@ def _damping(damp: Any, b: Tree, batch_dims: int) -> tuple[Tensor | None, Linear
     return (None if damp == 0 else first.new_full((), float(damp), dtype=real_dtype(first.dtype))), L
 
 
+def _times(lam: Tensor, v: Tree) -> Tree:
+    """`λ v`, with one λ a system or one for all."""
+    return map_leaves(lambda leaf: spread(lam, leaf) * leaf, v)
+
+
 def _damped(
     operator: LinearOperator, b: Tree, layout: Layout, lam: Tensor, L: LinearOperator | None, with_params: bool
 ) -> tuple[LinearOperator, Tree]:
@@ -332,14 +337,11 @@ def _damped(
         blocks = [block.to(dtype).expand(*batch, *block.shape[-2:]) for block in (matrix, lower)]
         return DenseOperator(torch.cat(blocks, dim=-2)), torch.cat([b, b.new_zeros(*b.shape[:-1], lower.shape[-2])], dim=-1)
 
-    def times(v: Tree) -> Tree:
-        return map_leaves(lambda leaf: lam.reshape(lam.shape + (1,) * (leaf.ndim - lam.ndim)) * leaf, v)
-
     def fn(v: Tree, *params: Tensor) -> Tree:
-        return operator.fn(v, *params) if params else operator.apply(v), times(v if L is None else L.apply(v))
+        return operator.fn(v, *params) if params else operator.apply(v), _times(lam, v if L is None else L.apply(v))
 
     def adjoint(y: Tree) -> Tree:
-        below = times(y[1])
+        below = _times(lam, y[1])
         return map_leaves(add, operator.apply_adjoint(y[0]), below if L is None else L.apply_adjoint(below))
 
     parts: tuple[LinearOperator, ...] = (operator,) if L is None else (operator, L)
@@ -350,12 +352,8 @@ def _damped(
     return _Built(parts, fn, adjoint if written else None), (b, example)
 
 
-def _extended(operator: LinearOperator, b: Tree, layout: Layout, lam: Tensor, with_params: bool) -> LinearOperator:
+def _extended(operator: LinearOperator, lam: Tensor, with_params: bool) -> LinearOperator:
     """`(x, t) -> A x + λ t`."""
-
-    def times(v: Tree) -> Tree:
-        return map_leaves(lambda leaf: lam.reshape(lam.shape + (1,) * (leaf.ndim - lam.ndim)) * leaf, v)
-
     if isinstance(operator, DenseOperator):
         matrix, m = operator.matrix, operator.matrix.shape[-2]
         right = lam[..., None, None] * torch.eye(m, dtype=matrix.dtype, device=matrix.device)
@@ -364,20 +362,16 @@ def _extended(operator: LinearOperator, b: Tree, layout: Layout, lam: Tensor, wi
 
     def fn(v: Tree, *params: Tensor) -> Tree:
         image = operator.fn(v[0], *params) if params else operator.apply(v[0])
-        return map_leaves(add, image, times(v[1]))
+        return map_leaves(add, image, _times(lam, v[1]))
 
     def adjoint(y: Tree) -> Tree:
-        return operator.apply_adjoint(y), times(y)
+        return operator.apply_adjoint(y), _times(lam, y)
 
     return _Built((operator,), fn, None if with_params or not operator.has_adjoint else adjoint)
 
 
 def _hermitian_extended(operator: LinearOperator, b: Tree, lam: Tensor, with_params: bool) -> tuple[LinearOperator, Tree]:
     """`(x, s) -> (A s - λ x, A x + λ s)`, which is Hermitian if `A` is, and `(0, b)`."""
-
-    def times(v: Tree) -> Tree:
-        return map_leaves(lambda leaf: lam.reshape(lam.shape + (1,) * (leaf.ndim - lam.ndim)) * leaf, v)
-
     if isinstance(operator, DenseOperator):
         A = operator.matrix
         shift = lam[..., None, None] * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
@@ -388,7 +382,7 @@ def _hermitian_extended(operator: LinearOperator, b: Tree, lam: Tensor, with_par
     def fn(v: Tree, *params: Tensor) -> Tree:
         x, s = v
         of_x, of_s = (operator.fn(u, *params) if params else operator.apply(u) for u in (x, s))
-        return map_leaves(torch.sub, of_s, times(x)), map_leaves(add, of_x, times(s))
+        return map_leaves(torch.sub, of_s, _times(lam, x)), map_leaves(add, of_x, _times(lam, s))
 
     return _Built((operator,), fn, None), (map_leaves(torch.zeros_like, b), b)
 
