@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .fence import forget_compiled
+
 
 def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parsed."""
@@ -17,6 +19,9 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", choices=("tiny", "small", "full"), default="full")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--limit", type=float, default=300.0, help="seconds of a library on a workload, then it is reported as over; 0: none"
+    )
     parser.add_argument("--no-memory", action="store_true", help="start no processes that measure memory")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="the folder to write to")
     return parser.parse_args(arguments)
@@ -29,6 +34,7 @@ def restrict(threads: int) -> None:
     if threads == 1:
         os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false").strip()
     os.environ["JAX_PLATFORMS"] = "cpu"
+    forget_compiled()
     if hasattr(os, "sched_setaffinity"):  # XLA makes one thread for each processor that it may use
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
 
@@ -62,13 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    def keep(results: measure.Results) -> None:
+        (chosen.out / "results.json").write_text(results.to_json(), encoding="utf-8")
+        (chosen.out / "results.md").write_text(report.markdown(results), encoding="utf-8")
+
     libraries = [ADAPTERS[name] for name in names]
-    results = measure.measure(workloads, libraries, chosen.sizes, chosen.rounds, not chosen.no_memory, say)
     chosen.out.mkdir(parents=True, exist_ok=True)
-    text = report.markdown(results)
-    (chosen.out / "results.json").write_text(results.to_json(), encoding="utf-8")
-    (chosen.out / "results.md").write_text(text, encoding="utf-8")
-    print(text)
+    results = measure.measure(
+        workloads, libraries, chosen.sizes, chosen.rounds, not chosen.no_memory, say, limit=chosen.limit, keep=keep
+    )
+    print(report.markdown(results))
     print(f"{chosen.out}/results.md, results.json" + (", plot.png" if report.plot(results, chosen.out / "plot.png") else ""))
     return 0
 

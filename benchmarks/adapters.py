@@ -3,6 +3,7 @@
 # ruff: noqa: D102  (overriding methods, which the base class documents)
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import floor
+from .imaging import DeepInverse, DProx
 from .peers import CoLA, LinearOperatorLibrary, SparseGradUtils, XiTorch
 from .posing import Adapter, Posed, Request
 from .workloads import Product, Workload
@@ -25,11 +27,15 @@ class Floor(Adapter):
     def supports(self, workload: Workload) -> bool:
         return True
 
+    def product(self, A: Product) -> Product:
+        """What the loop calls for A."""
+        return A
+
     def pose(self, workload: Workload, request: Request) -> Posed:
-        w, rtol, maxiter = workload, request.rtol, request.maxiter
+        w, rtol, maxiter, steps = workload, request.rtol, request.maxiter, [0]
 
         def solve(A: Product, b: Tensor, x0: Tensor | None = None) -> Tensor:
-            A = request.count(A)
+            A = request.count(self.product(A))
             if w.batch_dims:
                 return floor.batched_cg(A, b, rtol, maxiter)
             if w.method == "gmres":
@@ -39,14 +45,16 @@ class Floor(Adapter):
             return floor.cg(A, b, rtol, maxiter, x0)
 
         def least(theta: Tensor, b: Tensor) -> Tensor:
-            A, AT = request.count(w.operator(theta)), request.count(w.transposed(theta))
+            A, AT = (request.count(self.product(f)) for f in (w.operator(theta), w.transposed(theta)))
             return floor.cgls(A, AT, b, w.damp, rtol, maxiter)
 
         @torch.no_grad()
         def forward(theta: Tensor, b: Tensor) -> Tensor:
             if w.method == "direct":
                 return torch.linalg.solve(theta, b)
-            return least(theta, b) if w.least_squares else solve(w.operator(theta), b)
+            x = least(theta, b) if w.least_squares else solve(w.operator(theta), b)
+            steps[0] = floor.iterations(w.method, request.counted)
+            return x
 
         @torch.no_grad()
         def gradient(theta: Tensor, b: Tensor, c: Tensor, x0: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,14 +65,32 @@ class Floor(Adapter):
                 return x, -adjoint[..., None] * x[..., None, :], adjoint
             if w.least_squares:
                 x, A, AT = least(theta, b), w.operator(theta), w.transposed(theta)
+                steps[0] = floor.iterations(w.method, request.counted)
                 s = solve(lambda v: AT(A(v)).add_(v, alpha=w.damp**2), c)
                 Ax, As = A(x), A(s)
                 return x, w.pullback(theta, b - Ax, s) - w.pullback(theta, As, x), As
             x = solve(w.operator(theta), b, x0)
+            steps[0] = floor.iterations(w.method, request.counted)
             adjoint = solve(w.transposed(theta), c)
             return x, w.pullback(theta, adjoint, x).neg_(), adjoint
 
-        return Posed(forward, gradient, guessed=gradient, products=request.products)
+        return Posed(forward, gradient, guessed=gradient, products=request.products, iterations=lambda: steps[0] or None)
+
+
+class FloorCompiled(Floor):
+    """The hand-written loop with its product compiled by `torch.compile`."""
+
+    name = "floor-compiled"
+    compiles = True
+    note = "the hand-written loop, eager, with a product that `torch.compile` has compiled"
+
+    def supports(self, workload: Workload) -> bool:
+        matrix = workload.matrix(workload.theta)
+        return workload.method != "direct" and (matrix is None or matrix.layout == torch.strided)
+
+    def product(self, A: Product) -> Product:
+        # every closure of the same code is served by what was compiled for the first
+        return torch.compile(A)
 
 
 class Nablasolve(Adapter):
@@ -74,6 +100,7 @@ class Nablasolve(Adapter):
     module = "nablasolve"
     own_rule = True
     least_squares_method: ClassVar[str] = "cgls"
+    extra: ClassVar[Mapping[str, Any]] = {}
 
     def supports(self, workload: Workload) -> bool:
         return True
@@ -86,6 +113,7 @@ class Nablasolve(Adapter):
         options: dict[str, Any] = dict(rtol=request.rtol, maxiter=request.maxiter)
         if w.method == "direct":
             options = dict(rtol=request.rtol)
+        options.update(self.extra)
         # a count that is set ends before any tolerance
         options["on_failure"] = "raise" if request.rtol else "ignore"
 
@@ -134,6 +162,29 @@ class NablasolveLSMR(Nablasolve):
 
     def supports(self, workload: Workload) -> bool:
         return workload.least_squares
+
+
+def lacks_keyword(name: str) -> str | None:
+    """Why this library cannot be asked for something by a keyword of `solve`; None if it can."""
+    import nablasolve as ns
+
+    known = (inspect.signature(f).parameters for f in (ns.solve_ex, ns.lstsq_ex))
+    return None if all(name in parameters for parameters in known) else f"has no {name}= yet"
+
+
+class NablasolveCompiled(Nablasolve):
+    """This library with `compile=True`."""
+
+    name = "nablasolve-compiled"
+    compiles = True
+    extra: ClassVar[Mapping[str, Any]] = {"compile": True}
+    note = "`compile=True`"
+
+    def missing(self) -> str | None:
+        return super().missing() or lacks_keyword("compile")
+
+    def supports(self, workload: Workload) -> bool:
+        return workload.method != "direct"
 
 
 class SciPy(Adapter):
@@ -217,6 +268,7 @@ class JaxSciPy(Adapter):
 
     name = "jax.scipy"
     module = "jax"
+    compiles = True
 
     def supports(self, workload: Workload) -> bool:
         return True
@@ -330,9 +382,7 @@ class Lineax(JaxSciPy):
 ADAPTERS: Mapping[str, Adapter] = {
     adapter.name: adapter
     for adapter in (
-        Floor(), Nablasolve(), NablasolveLSMR(), SciPy(), JaxSciPy(), Lineax(), LinearOperatorLibrary(), XiTorch(), CoLA(),
-        SparseGradUtils(),
+        Floor(), FloorCompiled(), Nablasolve(), NablasolveCompiled(), NablasolveLSMR(), SciPy(), JaxSciPy(), Lineax(),
+        DeepInverse(), DProx(), LinearOperatorLibrary(), XiTorch(), CoLA(), SparseGradUtils(),
     )
 }  # fmt: skip
-# deepinv needs a torchvision made for the same torch, ∇-Prox an old NumPy
-WITHOUT_ADAPTER = ("deepinv", "∇-Prox")

@@ -131,6 +131,13 @@ def cgls(A: Product, AT: Product, b: Tensor, damp: float, rtol: float, maxiter: 
     return x
 
 
+def iterations(method: str, products: int, restart: int = 30) -> int:
+    """How many iterations so many products with A and its transpose are."""
+    if method == "gmres":
+        return products * restart // (restart + 1)  # a product a cycle is that of the residual
+    return products // 2 if method in ("bicgstab", "cgls") else products
+
+
 def unrolled_cg(A: Product, b: Tensor, iterations: int) -> Tensor:
     """Conjugate gradients that autograd can follow, so that every iteration is stored."""
     x, r, p = torch.zeros_like(b), b, b

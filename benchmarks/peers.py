@@ -116,33 +116,44 @@ class XiTorch(Adapter):
 
 
 class CoLA(Adapter):
-    """CoLA, forward only: neither b nor what a closure holds gets a gradient."""
+    """CoLA: a subclass of its `LinearOperator`, whose tensors get a gradient."""
 
     name = "cola"
     module = "cola"
     distribution = "cola-ml"
+    note = "the right-hand side gets no gradient (its `inv(A) @ b` returns None for it), the operator's tensor does"
 
     def supports(self, workload: Workload) -> bool:
+        # its GMRES solves the adjoint with A instead of its transpose
         return square(workload) and workload.method == "cg" and workload.matrix(workload.theta) is None
 
     def pose(self, workload: Workload, request: Request) -> Posed:
         import cola
 
         shape, n = workload.b.shape, workload.b.numel()
+        # it stops at tol (|b| + 1) for a b scaled to unit norm
+        algorithm = cola.linalg.CG(tol=request.rtol / 2, max_iters=request.maxiter)
 
-        @torch.no_grad()
-        def forward(theta: Tensor, b: Tensor) -> Tensor:
-            product = request.count(workload.operator(theta))
+        class Operator(cola.ops.LinearOperator):  # type: ignore[misc]
+            def __init__(self, theta: Tensor) -> None:
+                super().__init__(theta.dtype, (n, n))
+                self.theta = theta
 
-            def matmat(V: Tensor) -> Tensor:
+            # an operator is rebuilt from its tensors without its __init__ being called
+            def _matmat(self, V: Tensor) -> Tensor:
+                product = request.count(workload.operator(self.theta))
                 return torch.stack([product(v.reshape(shape)).reshape(-1) for v in V.unbind(-1)], -1)
 
-            A = cola.PSD(cola.ops.LinearOperator(b.dtype, (n, n), matmat=matmat))
-            # it stops at tol (|b| + 1) for a b scaled to unit norm
-            algorithm = cola.linalg.CG(tol=request.rtol / 2, max_iters=request.maxiter)
-            return cola.linalg.inv(A, algorithm).__matmul__(b.reshape(-1)).reshape(shape)
+        def solve(theta: Tensor, b: Tensor) -> Tensor:
+            inverse = cola.linalg.inv(cola.PSD(Operator(theta)), algorithm)
+            return (inverse @ b.reshape(-1)).reshape(shape)
 
-        return Posed(forward, None, products=request.products)
+        def gradient(theta: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, None]:
+            theta = theta.detach().requires_grad_()
+            x = solve(theta, b)
+            return x.detach(), torch.autograd.grad(x, theta, c)[0], None
+
+        return Posed(torch.no_grad()(solve), gradient, products=request.products)
 
 
 class SparseGradUtils(Adapter):

@@ -74,12 +74,18 @@ class Adapter(ABC):
         distribution: what pip calls it, where that is another name.
         own_rule: whether its stopping rule in least squares is another than that of the normal equations, so that its
             tolerance has to be found by trying.
+        compiles: whether its first call compiles, so that what that takes is told apart.
+        at_most_n: whether it ends after as many iterations as there are unknowns, whatever it is asked for.
+        note: what a reader of its figures has to know.
     """
 
     name: ClassVar[str]
     module: ClassVar[str]
     distribution: ClassVar[str | None] = None
     own_rule: ClassVar[bool] = False
+    compiles: ClassVar[bool] = False
+    at_most_n: ClassVar[bool] = False
+    note: ClassVar[str] = ""
 
     def missing(self) -> str | None:
         """Why it cannot run here; None if it can."""

@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapters import WITHOUT_ADAPTER
+from .adapters import ADAPTERS
 from .measure import NO_SOLVER, Results, Row, Sample
 
 MIB = 2**20
-COLORS = ("#555555", "#1f6fb4", "#6aa9dc", "#3b8f5a", "#d9661f", "#e8a33d", "#7d5ba6", "#b5547c", "#a8743a", "#8a8a8a")
+COLORS = (
+    "#555555", "#8a8a8a", "#1f6fb4", "#12406a", "#6aa9dc", "#3b8f5a", "#d9661f", "#e8a33d", "#7d5ba6", "#b5547c", "#a8743a",
+    "#2aa3a3", "#9a9a3c", "#c98fb0",
+)  # fmt: skip
 
 
 def number(value: float | None, form: str = ".2f") -> str:
@@ -37,7 +40,9 @@ def busy(results: Results) -> float:
 
 def seconds(sample: Sample | None) -> str:
     """The median of a sample with its spread."""
-    return "–" if sample is None else f"{sample.median:.3g} ± {50 * sample.spread:.0f} %"
+    if sample is None:
+        return "–"
+    return f"{sample.median:.3g}" + (f" ± {50 * sample.spread:.0f} %" if len(sample.wall) > 1 else " (once)")
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -75,18 +80,29 @@ def tables(results: Results, facts: dict[str, Any], rows: Sequence[Row]) -> str:
                 number(r.forward_ratio),
                 number(r.fixed_microseconds, ".0f"),
                 number(r.fixed_gradient_microseconds, ".0f"),
+                number(r.compiling, ".2g"),
                 r.status,
             ]
             for r in rows
         ]
-        head = ["library", "µs an iteration", "× floor", "beside, forward", "beside, with backward", "status"]
+        head = ["library", "µs an iteration", "× floor", "beside, forward", "beside, with backward", "compiling s", "status"]
         return "\n".join([*text, table(head, lines)])
     text.append(
         f"{unknowns} unknowns, {facts['dtype']}, true residual {facts['rtol']:.0e}. "
         f"An iteration of the textbook method moves {moved / MIB:.2f} MiB: {1e6 * moved / speed:.0f} µs at the bandwidth. "
-        f"The reference gradient differs from central differences by {facts['finite differences']:.0e}.\n"
+        + (
+            f"The bandwidth lets the {len_iterations(rows)} iterations of the floor take {limit:.3g} s forward. "
+            if (limit := facts.get("seconds at the bandwidth"))
+            else ""
+        )
+        + f"The reference gradient differs from central differences by {facts['finite differences']:.0e}.\n"
     )
     return "\n".join([*text, table(list(COLUMNS), [[show(r) for show in COLUMNS.values()] for r in rows])])
+
+
+def len_iterations(rows: Sequence[Row]) -> int | None:
+    """How many iterations the floor took."""
+    return next((row.iterations for row in rows if row.library == "floor"), None)
 
 
 def processor(sample: Sample | None) -> float | None:
@@ -101,7 +117,8 @@ COLUMNS: Mapping[str, Callable[[Row], str]] = {
     "with backward s": lambda r: seconds(r.gradient),
     "× floor (CPU) ": lambda r: ratio(r.gradient_ratio, r.gradient_cpu_ratio),
     "CPU s": lambda r: number(processor(r.gradient), ".3g"),
-    "first call s": lambda r: number(r.first_call, ".2g"),
+    "× bandwidth": lambda r: number(r.over_bandwidth, ".1f"),
+    "compiling s": lambda r: number(r.compiling, ".2g"),
     "iterations": lambda r: number(r.iterations, "d"),
     "products": lambda r: number(r.products, "d"),
     "residual": lambda r: number(r.residual, ".1e"),
@@ -112,6 +129,13 @@ COLUMNS: Mapping[str, Callable[[Row], str]] = {
 }
 
 
+def notes(results: Results) -> str:
+    """What has to be known of single libraries."""
+    names = dict.fromkeys(row.library for row in results.rows)
+    known = [(name, ADAPTERS[name].note) for name in names if name in ADAPTERS and ADAPTERS[name].note]
+    return "".join(["\n", *(f"\n- {name}: {note}." for name, note in known)]) if known else ""
+
+
 def markdown(results: Results) -> str:
     """The whole page."""
     m = results.machine
@@ -120,10 +144,12 @@ def markdown(results: Results) -> str:
         f"## Benchmark, sizes: {results.scale}\n\n"
         f"{m.processor}, {m.threads} thread{'s' if m.threads > 1 else ''}; a large copy moves {m.bandwidth / 1e9:.1f} GB/s. "
         f"{results.rounds} interleaved rounds: medians, ± half of the range; ratios are medians of the ratios in each round. "
-        f"CPU seconds are those of forward with backward. The first call includes compiling. Products are those with A and "
-        f"its transpose, forward and backward. Peak memory is that of forward with backward, beside the system. All samples "
-        f"together took {busy(results):.2f} times longer on the wall clock than on the processor.\n\n"
-        f"{versions}. No adapter yet: {', '.join(WITHOUT_ADAPTER)}. A ratio in brackets is that of the processor's seconds."
+        f"CPU seconds are those of forward with backward. × bandwidth is the time forward over what the bytes of the floor's "
+        f"iterations take at the bandwidth; a vector that stays in a cache may be below 1. Compiling is what the first call "
+        f"took more than a later one, and no part of the times. Products are those with A and its transpose, forward and "
+        f"backward. Peak memory is that of forward with backward, beside the system. All samples together took "
+        f"{busy(results):.2f} times longer on the wall clock than on the processor. A ratio in brackets is that of the "
+        f"processor's seconds.\n\n{versions}.{notes(results)}"
     ]
     for facts in results.facts:
         rows = [r for r in results.rows if (r.workload, r.size) == (facts["workload"], facts["size"])]
@@ -149,7 +175,9 @@ def plot(results: Results, path: Path) -> bool:
     color = {name: COLORS[i % len(COLORS)] for i, name in enumerate(libraries)}
     columns = min(3, len(groups))
     lines = -(-len(groups) // columns)
-    figure = Figure(figsize=(5.4 * columns, 3.1 * lines + 0.5), dpi=120, layout="constrained", facecolor="white")
+    most = max(len([r for r in rows if drawable(r.forward_ratio) or drawable(r.gradient_ratio)]) for _, rows in groups)
+    height = max(3.1, 1.0 + 0.3 * most)
+    figure = Figure(figsize=(5.4 * columns, height * lines + 0.5), dpi=120, layout="constrained", facecolor="white")
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes in panels[len(groups) :]:
         axes.axis("off")

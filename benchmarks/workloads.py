@@ -71,6 +71,10 @@ class Workload(ABC):
     def operator(self, theta: Tensor) -> Product:
         """`v -> A(theta) v` as a user of torch writes it."""
 
+    def recorded(self, theta: Tensor) -> Product:
+        """`operator`, in a form that autograd can follow to `theta`."""
+        return self.operator(theta)
+
     def transposed(self, theta: Tensor) -> Product:
         """`v -> A(theta)^T v`, written by hand."""
         return self.operator(theta)
@@ -261,7 +265,7 @@ class Deconvolution(Workload):
     def operator(self, theta: Tensor) -> Product:
         # where the PSF has its centre makes no difference to H^T H
         shape = (self.size, self.size)
-        regular = torch.from_numpy(self._differences()).to(theta.dtype)
+        regular = torch.from_numpy(self._differences()).to(theta)
         spectrum = torch.fft.rfft2(theta, s=shape).abs().square() + regular
         return lambda v: torch.fft.irfft2(spectrum * torch.fft.rfft2(v), s=shape)
 
@@ -481,6 +485,10 @@ class SparseGrid(Workload):
     def operator(self, theta: Tensor) -> Product:
         A = self.matrix(theta)
         return lambda v: A @ v
+
+    def recorded(self, theta: Tensor) -> Product:
+        _, columns, rows = self.torch_pattern
+        return lambda v: torch.zeros_like(v).index_add(0, rows, theta * v[columns])
 
     def pullback(self, theta: Tensor, w: Tensor, x: Tensor) -> Tensor:
         _, columns, rows = self.torch_pattern

@@ -33,7 +33,8 @@ from torch.nn.functional import pad
 from .base import StructuredOperator
 from .claims import Claims
 from .factorisation import Factorisation
-from .spaces import any_batch
+from .in_place import with_conjugate, zeros_for
+from .spaces import any_batch, is_complex
 from .triangular import check_tensor, on_vectors, substitute
 
 
@@ -93,19 +94,20 @@ class Banded(StructuredOperator):
         return n
 
     def apply(self, x: Tensor) -> Tensor:
-        return self._sum(self.bands, self.offsets, x)
+        return self._sum(self.offsets, x)
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
-        return self._sum([band.conj() for band in self.bands], [-offset for offset in self.offsets], y)
+        transposed = [-offset for offset in self.offsets]
+        return with_conjugate(lambda v: self._sum(transposed, v), y) if is_complex(self.domain) else self._sum(transposed, y)
 
-    def _sum(self, bands: Sequence[Tensor], offsets: Sequence[int], x: Tensor) -> Tensor:
-        n, total = self._n, None
-        for band, offset in zip(bands, offsets, strict=True):
-            part = band * x[..., max(offset, 0) : n + min(offset, 0)]
-            part = pad(part, (max(-offset, 0), max(offset, 0))) if offset else part
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+    def _sum(self, offsets: Sequence[int], x: Tensor) -> Tensor:
+        """The product with the matrix that has the bands at the offsets."""
+        n = self._n
+        result = zeros_for((n,), x, *self.bands)
+        for band, offset in zip(self.bands, offsets, strict=True):
+            before, after = max(-offset, 0), n - max(offset, 0)
+            result[..., before:after].addcmul_(band, x[..., before + offset : after + offset])
+        return result
 
     def factorise(self) -> Factorisation | None:
         below, above = max(0, -min(self.offsets)), max(0, max(self.offsets))

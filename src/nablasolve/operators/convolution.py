@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch.nn.functional import pad
 from ..arguments import check_choice, check_integer
 from .base import LinearOperator, StructuredOperator
 from .claims import Claims
-from .spaces import any_batch
+from .in_place import multiplied, with_conjugate, zeros_for
+from .spaces import any_batch, is_complex
 from .spectrum import Fourier, Spectrum
 
 BOUNDARIES = ("circular", "zero", "reflect", "symmetric", "replicate")
@@ -50,10 +52,10 @@ class _Windowed(StructuredOperator):
             if len(self.center) != len(window) or any(c >= k for c, k in zip(self.center, window, strict=True)):
                 raise ValueError(f"center: expected a position in a kernel of shape {window}, got {center!r}")
         self.before = tuple(k - 1 - c for k, c in zip(window, self.center, strict=True))
-        # of each extended dimension: the pixel that every entry is a copy of; the zero boundary copies none
-        self.sources = tuple(
-            None if boundary == "zero" or k == 1 else _source(n, p, c, boundary, like.device)
-            for n, k, p, c in zip(shape, window, self.before, self.center, strict=True)
+        # of each dimension, the entries of the extended image that lie outside; at the zero boundary they are no copies
+        self.margins = tuple(
+            () if boundary == "zero" else (*_runs(-p, 0, n, boundary), *_runs(n, n + c, n, boundary))
+            for n, p, c in zip(shape, self.before, self.center, strict=True)
         )
         super().__init__(any_batch((*channels, *shape), like), claims=claims)
 
@@ -67,19 +69,53 @@ class _Windowed(StructuredOperator):
         """The sizes of the extended image."""
         return tuple(n + k - 1 for n, k in zip(self.shape, self.window, strict=True))
 
-    def _extend(self, x: Tensor) -> Tensor:
-        """The image continued over its boundary, as far as a window reaches."""
-        if self.boundary == "zero":
-            return pad(x, _widths(self.before, self.center))
-        for dim, source in zip(self.dims, self.sources, strict=True):
-            x = x if source is None else x.index_select(dim, source)
-        return x
+    def _extend(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """The image continued over its boundary, as far as a window reaches, and zeros behind that up to some sizes."""
+        shape = (*x.shape[: x.ndim - len(self.shape)], *sizes)
+        copied = self.boundary != "zero" and sizes == self.extended
+        extended = x.new_empty(shape) if copied else x.new_zeros(shape)
+        _part(extended, self.before, self.shape).copy_(x)
+        for dim, before, runs in zip(self.dims, self.before, self.margins, strict=True):
+            for run in runs:
+                source = extended.narrow(dim, before + run.source, run.pixels)
+                extended.narrow(dim, before + run.at, run.length).copy_(source if run.ascending else source.flip(dim))
+        return extended
 
     def _fold(self, y: Tensor) -> Tensor:
-        """The adjoint of `_extend`: every entry is added to the pixel that it is a copy of."""
-        for dim, n, p in zip(self.dims, self.shape, self.before, strict=True):
-            y = _fold(y, dim, n, p, self.boundary)
+        """The adjoint of `_extend`: every entry is added to the pixel that it is a copy of, in place.
+
+        It adds slices, and no index twice, so that the sum does not depend on the order of threads.
+        """
+        for dim, before, n, runs in zip(self.dims, self.before, self.shape, self.margins, strict=True):
+            for run in runs:
+                copies = y.narrow(dim, before + run.at, run.length)
+                if run.pixels < run.length:
+                    copies = copies.sum(dim, keepdim=True)
+                pixels = y.narrow(dim, before + run.source, run.pixels)
+                pixels.add_(copies if run.ascending else copies.flip(dim))
+            y = y.narrow(dim, before, n)
         return y
+
+    def _apply(self, weights: list[Tensor], x: Tensor) -> Tensor:
+        """The product, by one pass over the image for each position of the kernel."""
+        extended = self._extend(x, self.extended)
+        first, *others = zip(weights, self._positions(), strict=True)
+        result = first[0] * self._window_at(extended, first[1])
+        for weight, j in others:
+            result.addcmul_(weight, self._window_at(extended, j))
+        return result
+
+    def _apply_transpose(self, weights: list[Tensor], y: Tensor) -> Tensor:
+        extended = zeros_for(self.extended, y, weights[0])
+        for weight, j in zip(weights, self._positions(), strict=True):
+            self._window_at(extended, j).addcmul_(weight, y)
+        return self._fold(extended)
+
+    def _apply_adjoint(self, weights: list[Tensor], y: Tensor) -> Tensor:
+        if not is_complex(self.domain):
+            return self._apply_transpose(weights, y)
+        adjoint: Tensor = with_conjugate(lambda v: self._apply_transpose(weights, v), y)
+        return adjoint
 
     def _positions(self) -> Iterator[tuple[int, ...]]:
         """The positions of a kernel's entries."""
@@ -157,22 +193,23 @@ class Convolution(_Windowed):
 
     def apply(self, x: Tensor) -> Tensor:
         if self.method == "spatial":
-            kernel, extended = self._stripped(), self._extend(x)
-            return _weighted_sum((_entry(kernel, j), self._window_at(extended, j)) for j in self._positions())
+            return self._apply(self._weights(), x)
         if self.boundary in ("circular", "zero"):  # a torus of its size, or with zeros around, extends the image by itself
             return _part(self._filtered(x, adjoint=False), (0,) * len(self.shape), self.shape)
-        return _part(self._filtered(self._extend(x), adjoint=False), self.before, self.shape)
+        return _part(self._filtered(self._extend(x, self.grid), adjoint=False), self.before, self.shape)
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
-        origin = (0,) * len(self.shape)
         if self.method == "spatial":
-            kernel, margins = self._stripped().conj(), tuple(k - 1 for k in self.window)
-            wide = pad(y, _widths(margins, margins))
-            return self._fold(_weighted_sum((_entry(kernel, j), _part(wide, j, self.extended)) for j in self._positions()))
+            return self._apply_adjoint(self._weights(), y)
         if self.boundary in ("circular", "zero"):
-            return _part(self._filtered(y, adjoint=True), origin, self.shape)
-        shifted = pad(y, _widths(self.before, origin))
-        return self._fold(_part(self._filtered(shifted, adjoint=True), origin, self.extended))
+            return _part(self._filtered(y, adjoint=True), (0,) * len(self.shape), self.shape)
+        behind = [g - p - n for g, p, n in zip(self.grid, self.before, self.shape, strict=True)]
+        return self._fold(self._filtered(pad(y, _widths(self.before, behind)), adjoint=True))
+
+    def _weights(self) -> list[Tensor]:
+        """The entries of the kernel, with dimensions of size one for those of the image."""
+        kernel = self._stripped()
+        return [_part(kernel, j, (1,) * len(j)) for j in self._positions()]
 
     def _stripped(self) -> Tensor:
         """The kernel without leading channels of size one."""
@@ -183,7 +220,10 @@ class Convolution(_Windowed):
         """The kernel wrapped around the torus, its center at the origin."""
         kernel = self._stripped()
         for dim, n, c in zip(self.dims, self.grid, self.center, strict=True):
-            kernel = _fold(kernel, dim, n, c, "circular")
+            front, length = -c % n, kernel.shape[dim]
+            kernel = pad_along(kernel, dim, front, -(front + length) % n)
+            if kernel.shape[dim] > n:
+                kernel = kernel.unflatten(dim, (-1, n)).sum(dim - 1)
         return kernel
 
     def for_one_solve(self) -> LinearOperator:
@@ -197,19 +237,12 @@ class Convolution(_Windowed):
         """The transform of the kernel on the torus, of all frequencies or of the half that determines a real one."""
         if self.transform is not None and full == self.kernel.is_complex():
             return self.transform
-        transform: Tensor = (torch.fft.fftn if full else torch.fft.rfftn)(self._wrapped(), dim=self.dims)
-        return transform
+        return transform(self._wrapped(), self.grid, full)
 
     def _filtered(self, x: Tensor, adjoint: bool) -> Tensor:
         """The image, on the torus and zero where it has no entry, convolved there with the kernel, or correlated."""
         full = self.kernel.is_complex() or x.is_complex()
-        transform = self._transform(full).conj() if adjoint else self._transform(full)
-        y: Tensor
-        if full:
-            y = torch.fft.ifftn(torch.fft.fftn(x, s=self.grid, dim=self.dims) * transform, dim=self.dims)
-        else:
-            y = torch.fft.irfftn(torch.fft.rfftn(x, s=self.grid, dim=self.dims) * transform, s=self.grid, dim=self.dims)
-        return y
+        return filtered(x, self._transform(full), self.grid, full, adjoint)
 
     def transfer_function(self) -> Tensor:
         """The values of the circular convolution in the Fourier basis, a complex tensor of shape `(*channels, *shape)`.
@@ -232,7 +265,7 @@ class Convolution(_Windowed):
     def exact_diagonal(self) -> Tensor | None:
         if self.boundary != "zero":
             return super().exact_diagonal()
-        return _entry(self._stripped(), self.center).expand(*self.channels, *self.shape)
+        return _part(self._stripped(), self.center, (1,) * len(self.center)).expand(*self.channels, *self.shape)
 
     def _label(self) -> str:
         return f"Convolution({'×'.join(map(str, self.window))}, {self.boundary})"
@@ -278,21 +311,27 @@ class VaryingBlur(_Windowed):
         shape, window = tuple(kernels.shape[front : front + d]), tuple(kernels.shape[front + d :])
         super().__init__(channels, shape, window, boundary, center, kernels, Claims.named(claims))
         self.kernels = kernels
+        self.weights: list[Tensor] | None = None
         self.channels = channels
 
     def apply(self, x: Tensor) -> Tensor:
-        kernels, extended = self._stripped(), self._extend(x)
-        return _weighted_sum((_at(kernels, j), self._window_at(extended, j)) for j in self._positions())
+        return self._apply(self._weights(), x)
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
-        kernels = self._stripped().conj()
-        total: Tensor | None = None
-        for j in self._positions():
-            start = tuple(k - 1 - i for k, i in zip(self.window, j, strict=True))
-            term = pad(_at(kernels, j) * y, _widths(start, j))
-            total = term if total is None else total + term
-        assert total is not None
-        return self._fold(total)
+        return self._apply_adjoint(self._weights(), y)
+
+    def for_one_solve(self) -> LinearOperator:
+        # a position of all kernels is an image: in one piece it is read several times as fast
+        result = copy.copy(self)
+        result.weights = [weight.contiguous() for weight in self._weights()]
+        return result
+
+    def _weights(self) -> list[Tensor]:
+        """For each position of the kernel, its entries at all pixels."""
+        if self.weights is not None:
+            return self.weights
+        kernels = self._stripped()
+        return [_at(kernels, j) for j in self._positions()]
 
     def _stripped(self) -> Tensor:
         shape = (*self.channels, *self.shape, *self.window)
@@ -331,14 +370,32 @@ class FourierFilter(StructuredOperator):
         dtype = otf.dtype.to_real() if real else otf.dtype.to_complex()
         super().__init__(any_batch(otf.shape, otf, dtype), claims=Claims.named(claims) | Claims(hermitian=not otf.is_complex()))
         self.otf = otf
+        self.half: Tensor | None = None
         self.sizes = tuple(otf.shape[otf.ndim - d :])
         self.real = real
 
     def apply(self, x: Tensor) -> Tensor:
-        return self.spectrum().apply(lambda c: self.otf * c, x)
+        return self._filtered(x, adjoint=False)
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
-        return self.spectrum().apply(lambda c: self.otf.conj() * c, y)
+        return self._filtered(y, adjoint=True)
+
+    def for_one_solve(self) -> LinearOperator:
+        result = copy.copy(self)
+        result.half = self._half() if self.real else None
+        return result
+
+    def _half(self) -> Tensor:
+        """Half of the frequencies of the operator on real vectors, whose values at `k` and `-k` are conjugate."""
+        if self.half is not None:
+            return self.half
+        # the mean with the conjugate operator's is what a real vector's result without its imaginary part depends on
+        mean = (self.otf + Fourier(self.sizes).conjugate(self.otf)) / 2
+        return mean.narrow(-1, 0, self.sizes[-1] // 2 + 1)
+
+    def _filtered(self, x: Tensor, adjoint: bool) -> Tensor:
+        full = x.is_complex() or not self.real
+        return filtered(x, self.otf if full else self._half(), self.sizes, full, adjoint)
 
     def spectrum(self) -> Spectrum:
         return Spectrum(Fourier(self.sizes), self.otf, self.otf.shape, real=self.real, analytic=True)
@@ -395,60 +452,74 @@ def _at(kernels: Tensor, j: Sequence[int]) -> Tensor:
     return kernels[index]
 
 
-def _entry(kernel: Tensor, j: Sequence[int]) -> Tensor:
-    """An entry of a kernel, with dimensions of size one for those of the image."""
-    return _part(kernel, j, (1,) * len(j))
+def transform(kernel: Tensor, sizes: tuple[int, ...], full: bool) -> Tensor:
+    """The Fourier transform on a torus, of all frequencies or of the half that determines a real vector's."""
+    dims = tuple(range(-len(sizes), 0))
+    coefficients: Tensor = (torch.fft.fftn if full else torch.fft.rfftn)(kernel, s=sizes, dim=dims)
+    return coefficients
 
 
-def _weighted_sum(terms: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-    """The sum of the products of weights and images."""
-    weight, image = next(terms)
-    total = weight * image
-    for weight, image in terms:
-        total = torch.addcmul(total, weight, image)
-    return total
+def filtered(x: Tensor, otf: Tensor, sizes: tuple[int, ...], full: bool, adjoint: bool) -> Tensor:
+    """A vector, on a torus and zero where it has no entry, filtered there: `F^{-1} (otf * F x)`, or with the conjugate.
+
+    Args:
+        x: the vector.
+        otf: the values at all frequencies, or at half of them, as `transform` gives them.
+        sizes: of the torus.
+        full: whether the values are those at all frequencies; they must be if `x` is complex.
+        adjoint: whether to conjugate the values: by conjugating the coefficients twice, which copies neither.
+    """
+    dims = tuple(range(-len(sizes), 0))
+    coefficients = transform(x, sizes, full)
+    if adjoint and otf.is_complex():
+        coefficients = multiplied(coefficients.conj_physical_(), otf).conj_physical_()
+    else:
+        coefficients = multiplied(coefficients, otf)
+    result: Tensor = torch.fft.ifftn(coefficients, dim=dims) if full else torch.fft.irfftn(coefficients, s=sizes, dim=dims)
+    return result
 
 
-def _source(size: int, before: int, after: int, boundary: str, device: torch.device) -> Tensor:
-    """The pixel that each entry of an extended dimension is a copy of."""
-    i = torch.arange(-before, size + after, device=device)
+@dataclass(frozen=True)
+class _Run:
+    """Entries of an extended dimension that are copies of successive pixels, in either order, or all of one pixel.
+
+    Attributes:
+        at: the first of the entries, counted from the first pixel.
+        length: how many there are.
+        source: the lowest of the pixels.
+        pixels: how many there are, `length` or 1.
+        ascending: whether the pixels come in their order.
+    """
+
+    at: int
+    length: int
+    source: int
+    pixels: int
+    ascending: bool
+
+
+def _runs(start: int, stop: int, size: int, boundary: str) -> Iterator[_Run]:
+    """The entries from `start` to `stop`, all before or all behind the pixels, in as few runs as they are copied by."""
+    sources = [_source(i, size, boundary) for i in range(start, stop)]
+    while sources:
+        step = sources[1] - sources[0] if len(sources) > 1 else 0
+        length = 1
+        while length < len(sources) and abs(step) <= 1 and sources[length] - sources[length - 1] == step:
+            length += 1
+        lowest = min(sources[0], sources[length - 1])
+        yield _Run(start, length, lowest, length if step else 1, step >= 0 or length == 1)
+        start, sources = start + length, sources[length:]
+
+
+def _source(i: int, size: int, boundary: str) -> int:
+    """The pixel that an entry of an extended dimension is a copy of."""
     if boundary == "circular":
         return i % size
     if boundary == "replicate":
-        return i.clamp(0, size - 1)
-    if boundary == "symmetric":
-        i = i % (2 * size)
-        return torch.where(i < size, i, 2 * size - 1 - i)
-    period = max(1, 2 * size - 2)
-    i = i % period
-    return torch.where(i < size, i, period - i)
-
-
-def _fold(y: Tensor, dim: int, size: int, before: int, boundary: str) -> Tensor:
-    """The adjoint of an extension along a dimension by `before` entries in front and any number behind.
-
-    It adds slices, and no index twice, so that the sum does not depend on the order of threads.
-    """
-    length = y.shape[dim]
-    if boundary == "zero":
-        return y.narrow(dim, before, size)
-    if boundary == "replicate":
-        after = length - before - size
-        inside = y.narrow(dim, before, size)
-        first = y.narrow(dim, 0, before).sum(dim, keepdim=True)
-        last = y.narrow(dim, before + size, after).sum(dim, keepdim=True)
-        return inside + pad_along(first, dim, 0, size - 1) + pad_along(last, dim, size - 1, 0)
-    # the others are periodic, one period being the image or the image and its mirror image
-    period = {"circular": size, "symmetric": 2 * size, "reflect": max(1, 2 * size - 2)}[boundary]
-    front = -before % period
-    y = pad_along(y, dim, front, -(front + length) % period)
-    if y.shape[dim] > period:
-        y = y.unflatten(dim, (-1, period)).sum(dim - 1)
-    if period == size:
-        return y
-    mirrored = y.narrow(dim, size, period - size).flip(dim)
-    inset = (2 * size - period) // 2
-    return y.narrow(dim, 0, size) + pad_along(mirrored, dim, inset, inset)
+        return min(max(i, 0), size - 1)
+    period = 2 * size if boundary == "symmetric" else max(1, 2 * size - 2)
+    i %= period
+    return i if i < size else 2 * size - 1 - i if boundary == "symmetric" else period - i
 
 
 def pad_along(x: Tensor, dim: int, before: int, after: int) -> Tensor:

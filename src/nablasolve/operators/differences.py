@@ -19,12 +19,15 @@ from ..vectors import real_dtype
 from .base import LinearOperator, StructuredOperator, is_real, is_scalar
 from .claims import Claims
 from .convolution import check_sizes, pad_along
+from .in_place import multiplied, subtract
 from .nullspace import Nullspace
 from .spaces import any_batch
 from .spectrum import Basis, Fourier, Spectrum
 
 BOUNDARIES = ("circular", "zero", "neumann")
-KINDS = ("forward", "backward", "central")
+# of each kind, the neighbour that enters and the one that is subtracted
+STEPS = {"forward": (1, 0), "backward": (0, -1), "central": (1, -1)}
+KINDS = tuple(STEPS)
 
 
 # -- bases -----------------------------------------------------------------------------------------------------------
@@ -241,20 +244,22 @@ class _FirstDifference(_Difference):
         return self._products([self._line_nullspace(dim) if dim in self.along else [self._one] for dim in self.dims])
 
     def _differences(self, x: Tensor, dim: int) -> Tensor:
-        h = self.spacing[dim]
-        if self.kind == "forward":
-            return (_shift(x, dim, 1, self.boundary) - x) / h
-        if self.kind == "backward":
-            return (x - _shift(x, dim, -1, self.boundary)) / h
-        return (_shift(x, dim, 1, self.boundary) - _shift(x, dim, -1, self.boundary)) / (2 * h)
+        result = torch.empty_like(x)
+        _write_difference(result, x, dim, *STEPS[self.kind], self.boundary)
+        return multiplied(result, 1 / self._distance(dim, x))
 
     def _differences_adjoint(self, y: Tensor, dim: int) -> Tensor:
-        h = self.spacing[dim]
-        if self.kind == "forward":
-            return (_shift_adjoint(y, dim, 1, self.boundary) - y) / h
-        if self.kind == "backward":
-            return (y - _shift_adjoint(y, dim, -1, self.boundary)) / h
-        return (_shift_adjoint(y, dim, 1, self.boundary) - _shift_adjoint(y, dim, -1, self.boundary)) / (2 * h)
+        result = torch.empty_like(y)
+        plus, minus = STEPS[self.kind]
+        _write_difference(result, y, dim, -plus, -minus, "zero" if self.boundary == "neumann" else self.boundary)
+        if self.boundary == "neumann":
+            _add_edge(result, y, dim, plus, 1)
+            _add_edge(result, y, dim, minus, -1)
+        return multiplied(result, 1 / self._distance(dim, y))
+
+    def _distance(self, dim: int, x: Tensor) -> float | Tensor:
+        """The distance of the two neighbours of a difference, in the precision of a vector."""
+        return _in_precision(self.spacing[dim], x) * (2 if self.kind == "central" else 1)
 
     def gram_spectrum(self) -> Spectrum | None:
         """The spectrum of `A^H A`, which differences at a zero boundary do not have in these bases."""
@@ -405,13 +410,29 @@ class Gradient(_FirstDifference):
         self._set_kind(kind, self.dims)
 
     def apply(self, x: Tensor) -> Tensor:
-        return torch.stack([self._differences(x, dim) for dim in self.dims], dim=-len(self.dims) - 1)
+        stack = -len(self.dims) - 1
+        if any(isinstance(h, Tensor) for h in self.spacing) or (torch.is_grad_enabled() and x.requires_grad):
+            # backward, writing into a slice costs a copy of the whole: in pieces it is less
+            return torch.stack([self._differences(x, dim) for dim in self.dims], dim=stack)
+        batch = x.shape[: x.ndim - len(self.shape)]
+        result = x.new_empty((*batch, len(self.shape), *self.shape))
+        for i, dim in enumerate(self.dims):
+            component = result.select(stack, i)
+            _write_difference(component, x, dim, *STEPS[self.kind], self.boundary)
+            multiplied(component, 1 / self._distance(dim, x))
+        return result
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
-        components = y.unbind(-len(self.dims) - 1)
-        total: Any = sum(self._differences_adjoint(c, dim) for c, dim in zip(components, self.dims, strict=True))
-        result: Tensor = total
-        return result
+        first, *others = y.unbind(-len(self.dims) - 1)
+        total = self._differences_adjoint(first, self.dims[0])
+        for component, dim in zip(others, self.dims[1:], strict=True):
+            distance = self._distance(dim, component)
+            if isinstance(distance, Tensor):
+                total = total + self._differences_adjoint(component, dim)
+            else:
+                for step, sign in zip(STEPS[self.kind], (1, -1), strict=True):
+                    _add_shifted_adjoint(total, component, dim, step, self.boundary, sign / distance)
+        return total
 
 
 class Laplacian(_Difference):
@@ -456,12 +477,17 @@ class Laplacian(_Difference):
         return () if self.boundary == "zero" else self._products([[self._one]] * len(self.shape))
 
     def apply(self, x: Tensor) -> Tensor:
-        total: Any = 0.0
-        for dim in self.dims:
-            neighbours = _shift(x, dim, 1, self.boundary) + _shift(x, dim, -1, self.boundary)
-            total = total + (neighbours - 2 * x) * (self.sign / self.spacing[dim] ** 2)
-        result: Tensor = total
-        return result
+        # (d_1 h_2^2 / h_1^2 + d_2) / h_2^2, for two dimensions: of a constant each second difference d is exactly zero
+        total = -2 * x
+        for dim, h, following in zip(self.dims, self.spacing, (*self.spacing[1:], None), strict=True):
+            if dim != self.dims[0]:
+                total.add_(x, alpha=-2)
+            for step in (1, -1):
+                _add_shifted(total, x, dim, step, self.boundary, 1)
+            if following is not h:
+                ratio = self.sign if following is None else _in_precision(following, x) ** 2
+                total = multiplied(total, ratio / _in_precision(h, x) ** 2)
+        return total
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
         return self.apply(y)
@@ -527,27 +553,58 @@ def _spacings(spacing: Any, d: int) -> tuple[float | Tensor, ...]:
     return spacings
 
 
+def _in_precision(h: float | Tensor, x: Tensor) -> float | Tensor:
+    """A spacing in the precision of a vector."""
+    return h.to(real_dtype(x.dtype)) if isinstance(h, Tensor) else h
+
+
 def _along(v: Tensor, dim: int) -> Tensor:
     """A vector along a dimension that is counted from the end."""
     return v.reshape(-1, *(1,) * (-dim - 1))
 
 
-def _shift(x: Tensor, dim: int, step: int, boundary: str) -> Tensor:
-    """The neighbours `x[n + step]`, for a step of 1 or -1."""
-    if boundary == "circular":
-        return x.roll(-step, dim)
-    n, after = x.shape[dim], int(step > 0)
-    inside = x.narrow(dim, after, n - 1)
+def _neighbour(x: Tensor, dim: int, i: int, boundary: str) -> Tensor:
+    """The entry `i` of a dimension, up to one beyond its edges."""
+    n = x.shape[dim]
+    if 0 <= i < n:
+        return x.narrow(dim, i, 1)
     if boundary == "zero":
-        return pad_along(inside, dim, 1 - after, after)
-    edge = x.narrow(dim, (n - 1) * after, 1)
-    return torch.cat([inside, edge] if after else [edge, inside], dim)
+        return torch.zeros_like(x.narrow(dim, 0, 1))
+    return x.narrow(dim, i % n if boundary == "circular" else min(max(i, 0), n - 1), 1)
 
 
-def _shift_adjoint(y: Tensor, dim: int, step: int, boundary: str) -> Tensor:
-    """The adjoint of `_shift`."""
+def _write_difference(result: Tensor, x: Tensor, dim: int, plus: int, minus: int, boundary: str) -> None:
+    """Write `x[n + plus] - x[n + minus]`, for two different steps from -1 to 1."""
+    n = x.shape[dim]
+    first, last = max(0, -plus, -minus), n - max(0, plus, minus)
+    if last > first:
+        a, b = (x.narrow(dim, first + step, last - first) for step in (plus, minus))
+        subtract(a, b, out=result.narrow(dim, first, last - first))
+    for i in {*range(first), *range(last, n)}:
+        a, b = (_neighbour(x, dim, i + step, boundary) for step in (plus, minus))
+        subtract(a, b, out=result.narrow(dim, i, 1))
+
+
+def _add_shifted(result: Tensor, x: Tensor, dim: int, step: int, boundary: str, factor: float) -> None:
+    """Add a multiple of the neighbours `x[n + step]`, for a step from -1 to 1."""
+    n = x.shape[dim]
+    first, last = max(0, -step), n - max(0, step)
+    result.narrow(dim, first, last - first).add_(x.narrow(dim, first + step, last - first), alpha=factor)
+    if step and boundary != "zero":
+        i = 0 if step < 0 else n - 1
+        result.narrow(dim, i, 1).add_(_neighbour(x, dim, i + step, boundary), alpha=factor)
+
+
+def _add_shifted_adjoint(result: Tensor, y: Tensor, dim: int, step: int, boundary: str, factor: float) -> None:
+    """Add a multiple of what the adjoint of the shift by a step makes of `y`."""
     if boundary != "neumann":
-        return _shift(y, dim, -step, boundary)
-    n, after = y.shape[dim], int(step > 0)
-    edge = y.narrow(dim, (n - 1) * after, 1)
-    return _shift(y, dim, -step, "zero") + pad_along(edge, dim, (n - 1) * after, (n - 1) * (1 - after))
+        return _add_shifted(result, y, dim, -step, boundary, factor)
+    _add_shifted(result, y, dim, -step, "zero", factor)
+    return _add_edge(result, y, dim, step, factor)
+
+
+def _add_edge(result: Tensor, y: Tensor, dim: int, step: int, factor: float) -> None:
+    """Add a multiple of the edge that a step leads beyond: its own neighbour, where the edge is continued."""
+    if step:
+        i = y.shape[dim] - 1 if step > 0 else 0
+        result.narrow(dim, i, 1).add_(y.narrow(dim, i, 1), alpha=factor)

@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..arguments import check_choice, check_integer
 from .banded import Tridiagonal
 from .base import StructuredOperator
 from .claims import Claims
 from .factorisation import Factorisation, safe_divide
+from .in_place import add_product, with_conjugate, zeros_for
 from .nullspace import Nullspace, constants
-from .spaces import any_batch
+from .spaces import any_batch, is_complex
 
 MEANS = ("harmonic", "arithmetic")
 
@@ -85,18 +85,29 @@ class Diffusion(StructuredOperator):
         super().__init__(any_batch(self.grid, conductivity, dtype), claims=Claims.named(claims) | symmetric)
 
     def apply(self, x: Tensor) -> Tensor:
-        return self._balance(x, self._faces(), self.reaction)
+        faces = self._faces()
+        reaction = [] if self.reaction is None else [self.reaction]
+        result = zeros_for(self.grid, x, self.conductivity, *reaction)
+        for factor in reaction:
+            add_product(result, factor, x)
+        for d, (face, ends) in enumerate(zip(faces, self.boundary, strict=True)):
+            dim = d - len(self.grid)
+            # differences before products, so that constants leave nothing, and what varies slowly keeps its digits
+            difference, between = lower(x, dim) - upper(x, dim), inside(face, dim)
+            lower(result, dim).addcmul_(between, difference)
+            upper(result, dim).addcmul_(between, difference, value=-1)
+            if ends[0] == "periodic":
+                around = first(face, dim) * (last(x, dim) - first(x, dim))
+                first(result, dim).sub_(around)
+                last(result, dim).add_(around)
+            for end, at in zip(ends, (first, last), strict=True):
+                if end == "dirichlet":
+                    at(result, dim).addcmul_(at(face, dim), at(x, dim))
+        return result
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
         # the matrix is symmetric, so its adjoint has conjugated coefficients
-        return self._balance(y, tuple(face.conj() for face in self._faces()), _conj(self.reaction))
-
-    def _balance(self, x: Tensor, faces: tuple[Tensor, ...], reaction: Any) -> Tensor:
-        terms: list[Tensor] = [] if reaction is None else [reaction * x]
-        for d, (face, ends) in enumerate(zip(faces, self.boundary, strict=True)):
-            dim = d - len(self.grid)
-            terms.append(-(face * with_neighbours(x, dim, ends).diff(dim=dim)).diff(dim=dim))
-        return sum(terms[1:], terms[0])
+        return with_conjugate(self.apply, y) if is_complex(self.domain) else self.apply(y)
 
     def _faces(self) -> tuple[Tensor, ...]:
         """The conductivities of the faces of each dimension, divided by `h^2`."""
@@ -205,34 +216,40 @@ class ConvectionDiffusion(StructuredOperator):
         self.conductivity = conductivity
         self.velocity = velocity
         self.reaction = check_reaction(reaction, conductivity, self.grid)
-        self.fluxes: tuple[tuple[Tensor, Tensor], ...] | None = None
+        self.coefficients: tuple[Tensor, tuple[tuple[Tensor, Tensor], ...]] | None = None
         super().__init__(any_batch(self.grid, conductivity, _common_dtype(conductivity, self.reaction, velocity)))
 
     def apply(self, x: Tensor) -> Tensor:
-        terms = [] if self.reaction is None else [self.reaction * x]
-        for d, ((below, above), ends) in enumerate(zip(self._fluxes(), self.boundary, strict=True)):
-            dim = d - len(self.grid)
-            cells = with_neighbours(x, dim, ends)
-            terms.append((below * lower(cells, dim) + above * upper(cells, dim)).diff(dim=dim))
-        return sum(terms[1:], terms[0])
+        cells, fluxes = self._coefficients()
+        result = cells * x
+        for d, ((below, above), ends) in enumerate(zip(fluxes, self.boundary, strict=True)):
+            add_neighbours(result, x, d - len(self.grid), ends, (below, -1), (above, 1))
+        return result
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
-        terms: list[Tensor] = [] if self.reaction is None else [_conj(self.reaction) * y]
-        for d, ((below, above), ends) in enumerate(zip(self._fluxes(), self.boundary, strict=True)):
-            dim = d - len(self.grid)
-            # the flux through a face leaves the cell below it and enters the one above it
-            faces = -with_neighbours(y, dim, ends).diff(dim=dim)
-            terms.append(upper(below.conj(), dim) * upper(faces, dim) + lower(above.conj(), dim) * lower(faces, dim))
-        return sum(terms[1:], terms[0])
+        return with_conjugate(self._apply_transpose, y) if is_complex(self.domain) else self._apply_transpose(y)
 
-    def _fluxes(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """`_flux` of each dimension."""
-        return self.fluxes if self.fluxes is not None else tuple(self._flux(d) for d in range(len(self.grid)))
+    def _apply_transpose(self, y: Tensor) -> Tensor:
+        cells, fluxes = self._coefficients()
+        result = cells * y
+        for d, ((below, above), ends) in enumerate(zip(fluxes, self.boundary, strict=True)):
+            add_neighbours(result, y, d - len(self.grid), ends, (above, 1), (below, -1))
+        return result
+
+    def _coefficients(self) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], ...]]:
+        """The diagonal, and `_flux` of each dimension."""
+        if self.coefficients is not None:
+            return self.coefficients
+        fluxes = tuple(self._flux(d) for d in range(len(self.grid)))
+        cells = [] if self.reaction is None else [self.reaction * torch.ones_like(self.conductivity)]
+        for d, (below, above) in enumerate(fluxes):
+            cells.append(upper(below, d - len(self.grid)) - lower(above, d - len(self.grid)))
+        return sum(cells[1:], cells[0]), fluxes
 
     def for_one_solve(self) -> ConvectionDiffusion:
         """The same operator, whose coefficients are computed once: tensors that gradients pass through."""
         result = copy.copy(self)
-        result.fluxes = self._fluxes()
+        result.coefficients = self._coefficients()
         return result
 
     def _flux(self, d: int) -> tuple[Tensor, Tensor]:
@@ -268,18 +285,16 @@ class ConvectionDiffusion(StructuredOperator):
         return self._carried(v)
 
     def exact_diagonal(self) -> Tensor:
-        terms = [] if self.reaction is None else [self.reaction * torch.ones_like(self.conductivity)]
-        for d, (below, above) in enumerate(self._fluxes()):
-            terms.append(upper(below, d - len(self.grid)) - lower(above, d - len(self.grid)))
-        return sum(terms[1:], terms[0])
+        return self._coefficients()[0]
 
     def known_left_nullspace(self) -> Nullspace | None:
         conserved = all(end in ("closed", "periodic") for ends in self.boundary for end in ends)
         return constants(self.domain) if conserved and self.reaction is None else None
 
     def factorise(self) -> Factorisation | None:
-        below, above = self._fluxes()[-1]
-        return factorise_line(-below, self.exact_diagonal(), above, self.grid, self.boundary)
+        cells, fluxes = self._coefficients()
+        below, above = fluxes[-1]
+        return factorise_line(-below, cells, above, self.grid, self.boundary)
 
     def _label(self) -> str:
         return f"ConvectionDiffusion({describe_boundary(self.boundary)}, {self.scheme}, {self.mean})"
@@ -288,22 +303,41 @@ class ConvectionDiffusion(StructuredOperator):
 # -- stencils on a grid, shared with the operators of the neighbouring files -------------------------------------------
 
 
-def with_neighbours(x: Tensor, dim: int, ends: tuple[str, str]) -> Tensor:
-    """The cells of a dimension with one more at each end: the cell around the period, or zero.
+def add_neighbours(
+    result: Tensor, x: Tensor, dim: int, ends: tuple[str, str], below: tuple[Tensor, int], above: tuple[Tensor, int]
+) -> None:
+    """Add to each cell what its two neighbours along a dimension contribute.
 
     Args:
+        result: of the cells.
         x: the cells.
         dim: the dimension, counted from the end.
         ends: the names of the boundary conditions.
+        below: a number for each face, and its sign: the entry in the row of the cell above the face, and the column of the
+            cell below.
+        above: that in the row of the cell below, and the column of the cell above.
     """
+    (into_upper, sign_upper), (into_lower, sign_lower) = below, above
+    upper(result, dim).addcmul_(inside(into_upper, dim), lower(x, dim), value=sign_upper)
+    lower(result, dim).addcmul_(inside(into_lower, dim), upper(x, dim), value=sign_lower)
     if ends[0] == "periodic":
-        return torch.cat([x.narrow(dim, x.shape[dim] - 1, 1), x, x.narrow(dim, 0, 1)], dim)
-    return with_zeros(x, dim)
+        first(result, dim).addcmul_(first(into_upper, dim), last(x, dim), value=sign_upper)
+        last(result, dim).addcmul_(last(into_lower, dim), first(x, dim), value=sign_lower)
 
 
-def with_zeros(x: Tensor, dim: int) -> Tensor:
-    """The entries of a dimension, counted from the end, with a zero at each end."""
-    return pad(x, [0, 0] * (-dim - 1) + [1, 1])
+def first(x: Tensor, dim: int) -> Tensor:
+    """The first entry of a dimension."""
+    return x.narrow(dim, 0, 1)
+
+
+def last(x: Tensor, dim: int) -> Tensor:
+    """The last entry of a dimension."""
+    return x.narrow(dim, x.shape[dim] - 1, 1)
+
+
+def inside(x: Tensor, dim: int) -> Tensor:
+    """All entries of a dimension but the first and the last."""
+    return x.narrow(dim, 1, x.shape[dim] - 2)
 
 
 def lower(x: Tensor, dim: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..arguments import check_integer
 from .base import StructuredOperator
 from .claims import Claims
+from .in_place import multiplied
 from .nullspace import Nullspace
 from .spaces import any_batch
 
@@ -57,21 +58,21 @@ class GraphLaplacian(StructuredOperator):
 
     def apply(self, x: Tensor) -> Tensor:
         i, j = self.edges
-        flow = self.weights * (x.index_select(-1, i) - x.index_select(-1, j))
-        return self._gathered(flow, -flow)
+        flow = multiplied(x.index_select(-1, i).sub_(x.index_select(-1, j)), self.weights)
+        return self._gathered(flow, -1)
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
         return self.apply(y)
 
-    def _gathered(self, at_first: Tensor, at_second: Tensor) -> Tensor:
-        """For each node, the sum over its edges of what stands at their first or second node."""
+    def _gathered(self, at_edges: Tensor, sign: int) -> Tensor:
+        """For each node, the sum over its edges of what they have, with a sign at their second node."""
         i, j = self.edges
-        zero = torch.zeros((*at_first.shape[:-1], self.nodes), dtype=at_first.dtype, device=at_first.device)
-        return zero.index_add(-1, i, at_first).index_add(-1, j, at_second)
+        result = at_edges.new_zeros((*at_edges.shape[:-1], self.nodes))
+        return result.index_add_(-1, i, at_edges).index_add_(-1, j, at_edges, alpha=sign)
 
     def exact_diagonal(self) -> Tensor:
         weights = torch.where(self.edges[0] == self.edges[1], 0.0, self.weights)
-        return self._gathered(weights, weights)
+        return self._gathered(weights, 1)
 
     def known_nullspace(self) -> Nullspace:
         return tuple((self.components == label).to(self.weights.dtype) for label in self.components.unique())

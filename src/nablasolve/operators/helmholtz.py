@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..arguments import check_choice, check_tolerance
 from .base import LinearOperator, StructuredOperator
 from .diffusion import (
+    add_neighbours,
     check_boundary,
     check_field,
     check_spacing,
@@ -20,9 +22,9 @@ from .diffusion import (
     lower,
     pairs,
     upper,
-    with_neighbours,
 )
 from .factorisation import Factorisation
+from .in_place import with_conjugate
 from .spaces import any_batch
 
 
@@ -88,6 +90,7 @@ class Helmholtz(StructuredOperator):
                 raise ValueError(f"absorbing: expected a layer at both ends of a periodic dimension, or none, got {widths}")
         self.strength = check_tolerance("strength", strength)
         self.wavenumber = wavenumber
+        self.cells: Tensor | None = None
         dtype = wavenumber.dtype.to_complex()
         super().__init__(any_batch(self.grid, wavenumber, dtype))
         faces, mass = self._coefficients()
@@ -128,17 +131,18 @@ class Helmholtz(StructuredOperator):
         return self.strength * depth
 
     def apply(self, x: Tensor) -> Tensor:
-        return self._balance(x, self.wavenumber, self.faces, self.mass)
+        result = self.exact_diagonal() * x
+        for d, (face, ends) in enumerate(zip(self.faces, self.boundary, strict=True)):
+            add_neighbours(result, x, d - len(self.grid), ends, (face, -1), (face, -1))
+        return result
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
-        # A^T = A, so the adjoint has conjugated coefficients
-        return self._balance(y, self.wavenumber.conj(), tuple(face.conj() for face in self.faces), self.mass.conj())
+        adjoint: Tensor = with_conjugate(self.apply, y)  # A^T = A, so the adjoint has conjugated coefficients
+        return adjoint
 
-    def _balance(self, u: Tensor, wavenumber: Tensor, faces: tuple[Tensor, ...], mass: Tensor) -> Tensor:
-        result = -mass * wavenumber.square() * u
-        for d, (face, ends) in enumerate(zip(faces, self.boundary, strict=True)):
-            dim = d - len(self.grid)
-            result = result - (face * with_neighbours(u, dim, ends).diff(dim=dim)).diff(dim=dim)
+    def for_one_solve(self) -> Helmholtz:
+        result = copy.copy(self)
+        result.cells = self.exact_diagonal()
         return result
 
     @property
@@ -146,6 +150,8 @@ class Helmholtz(StructuredOperator):
         return self
 
     def exact_diagonal(self) -> Tensor:
+        if self.cells is not None:
+            return self.cells
         result = -self.mass * self.wavenumber.square()
         for d, face in enumerate(self.faces):
             result = result + lower(face, d - len(self.grid)) + upper(face, d - len(self.grid))

@@ -19,13 +19,18 @@ from .diffusion import (
     check_boundary,
     check_spacing,
     describe_boundary,
+    first,
+    inside,
+    last,
     lower,
     upper,
-    with_neighbours,
-    with_zeros,
 )
+from .in_place import multiplied, subtract, with_conjugate, zeros_for
 from .nullspace import Nullspace
 from .spaces import any_batch
+
+# what the slope at a wall is multiplied by: 2 where it is half a cell away, 0 where it takes no shear stress
+SLIP = {"no-slip": 2.0, "free-slip": 0.0}
 
 
 class Stokes(StructuredOperator):
@@ -85,11 +90,9 @@ class Stokes(StructuredOperator):
         self.mean = check_choice("mean", mean, MEANS)
         self.edges: tuple[Tensor, ...] | None = None
         like = self.viscosity
-        # at each position between cells, 2 where the wall is half a cell away, 0 where it takes no shear stress
-        factor = {"no-slip": 2.0, "free-slip": 0.0}
         self.slip = tuple(
             torch.tensor(
-                [1.0] * n if ends[0] == "periodic" else [factor[ends[0]], *[1.0] * (n - 1), factor[ends[1]]],
+                [1.0] * n if ends[0] == "periodic" else [SLIP[ends[0]], *[1.0] * (n - 1), SLIP[ends[1]]],
                 dtype=like.dtype,
                 device=like.device,
             ).reshape([-1] + [1] * (len(self.grid) - 1 - d))
@@ -103,29 +106,33 @@ class Stokes(StructuredOperator):
         super().__init__(domain, claims=Claims(hermitian=not like.is_complex()))
 
     def apply(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return self._balance(x, self.viscosity, self._edges())
+        edges = self._edges()
+        divergence = zeros_for(self.grid, *x)
+        batch = divergence.shape[: -len(self.grid)]
+        *velocity, p = (part.expand(*batch, *part.shape[-len(self.grid) :]) for part in x)
+        forces = [zeros_for(part.shape[-len(self.grid) :], *x, edges[0]) for part in velocity]
+        for d, component in enumerate(velocity):
+            rate = self._to_cells(component, d)
+            divergence.sub_(rate)
+            self._write_on_faces(forces[d], torch.addcmul(p, self.viscosity, rate, value=-2), d)
+        for (d, e), edge in zip(self._pairs(), edges, strict=True):
+            sizes = [n + (a in (d, e) and not self._periodic(a)) for a, n in enumerate(self.grid)]
+            rate = zeros_for(sizes, velocity[d], velocity[e])  # of a component that crosses a wall, zero in the wall
+            self._write_slope(self._inside(rate, d), velocity[d], e)
+            slope = torch.empty_like(self._inside(rate, e))
+            self._write_slope(slope, velocity[e], d)
+            self._inside(rate, e).add_(slope)
+            stress = multiplied(rate, edge)
+            self._add_outflow(forces[d], self._inside(stress, d), e)
+            self._add_outflow(forces[e], self._inside(stress, e), d)
+        if self.gauge:
+            divergence.sub_(p.mean(tuple(range(-len(self.grid), 0)), keepdim=True), alpha=self.gauge)
+        return (*forces, divergence)
 
     def apply_adjoint(self, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         # the matrix is symmetric, so its adjoint has conjugated coefficients
-        return self._balance(y, self.viscosity.conj(), tuple(edge.conj() for edge in self._edges()))
-
-    def _balance(self, x: tuple[Tensor, ...], viscosity: Tensor, edges: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        *velocity, p = x
-        forces = [self._to_faces(p, d) for d in range(len(velocity))]
-        divergence = torch.zeros_like(p)
-        for d, component in enumerate(velocity):
-            rate = self._to_cells(component, d)
-            divergence = divergence + rate
-            forces[d] = forces[d] - self._to_faces(2 * viscosity * rate, d)
-        for (d, e), edge in zip(self._pairs(), edges, strict=True):
-            rate = self._slope(self._with_walls(velocity[d], d), e) + self._slope(self._with_walls(velocity[e], e), d)
-            stress = edge * rate
-            forces[d] = forces[d] - self._to_cells_of_edges(self._inside(stress, d), e)
-            forces[e] = forces[e] - self._to_cells_of_edges(self._inside(stress, e), d)
-        last = -divergence
-        if self.gauge:
-            last = last - self.gauge * p.mean(tuple(range(-len(self.grid), 0)), keepdim=True)
-        return (*forces, last)
+        conjugate: tuple[Tensor, ...] = with_conjugate(self.apply, y) if self.viscosity.is_complex() else self.apply(y)
+        return conjugate
 
     def known_nullspace(self) -> Nullspace:
         # without strain each component is constant: zero where a wall stops or holds it; and then the pressure is constant
@@ -169,39 +176,48 @@ class Stokes(StructuredOperator):
     def _to_cells(self, faces: Tensor, d: int) -> Tensor:
         """The derivative along a dimension, from the faces that are unknowns to cells."""
         dim = d - len(self.grid)
+        sizes = list(faces.shape)
+        sizes[dim] = self.grid[d]
+        cells = faces.new_empty(sizes)
         if self._periodic(d):
-            return (faces.roll(-1, dim) - faces) / self.spacing[d]
-        return with_zeros(faces, dim).diff(dim=dim) / self.spacing[d]
+            subtract(upper(faces, dim), lower(faces, dim), out=lower(cells, dim))
+            last(cells, dim).copy_(first(faces, dim) - last(faces, dim))
+        else:
+            subtract(upper(faces, dim), lower(faces, dim), out=inside(cells, dim))
+            first(cells, dim).copy_(first(faces, dim))
+            last(cells, dim).copy_(-last(faces, dim))
+        return multiplied(cells, 1 / self.spacing[d])
 
-    def _to_faces(self, cells: Tensor, d: int) -> Tensor:
-        """The derivative along a dimension, from cells to the faces that are unknowns: minus the adjoint of `_to_cells`."""
+    def _write_on_faces(self, faces: Tensor, cells: Tensor, d: int) -> None:
+        """Write the derivative along a dimension, from cells to the faces that are unknowns: minus `_to_cells`'s adjoint."""
         dim = d - len(self.grid)
+        subtract(upper(cells, dim), lower(cells, dim), out=upper(faces, dim) if self._periodic(d) else faces)
         if self._periodic(d):
-            return (cells - cells.roll(1, dim)) / self.spacing[d]
-        return cells.diff(dim=dim) / self.spacing[d]
-
-    def _with_walls(self, faces: Tensor, d: int) -> Tensor:
-        """The faces in the walls joined to those that are unknowns."""
-        return faces if self._periodic(d) else with_zeros(faces, d - len(self.grid))
+            first(faces, dim).copy_(first(cells, dim) - last(cells, dim))
+        multiplied(faces, 1 / self.spacing[d])
 
     def _inside(self, edges: Tensor, d: int) -> Tensor:
         """Of all positions between cells along a dimension, those that are unknowns."""
-        dim = d - len(self.grid)
-        return edges if self._periodic(d) else lower(upper(edges, dim), dim)
+        return edges if self._periodic(d) else inside(edges, d - len(self.grid))
 
-    def _slope(self, cells: Tensor, e: int) -> Tensor:
-        """The derivative along a dimension at all positions between cells; at a wall over half a cell, or zero."""
+    def _write_slope(self, edges: Tensor, cells: Tensor, e: int) -> None:
+        """Write the derivative along a dimension at all positions between cells; at a wall over half a cell, or zero."""
         dim = e - len(self.grid)
+        self._write_on_faces(self._inside(edges, e), cells, e)
+        if not self._periodic(e):
+            at_first, at_last = (SLIP[end] / self.spacing[e] for end in self.boundary[e])
+            first(edges, dim).copy_(first(cells, dim) * at_first)
+            last(edges, dim).copy_(last(cells, dim) * -at_last)
+
+    def _add_outflow(self, cells: Tensor, edges: Tensor, e: int) -> None:
+        """Subtract the derivative along a dimension, from all positions between cells to cells."""
+        dim, scale = e - len(self.grid), 1 / self.spacing[e]
         if self._periodic(e):
-            return (cells - cells.roll(1, dim)) / self.spacing[e]
-        slope = with_neighbours(cells, dim, self.boundary[e]).diff(dim=dim)
-        return self.slip[e] * slope / self.spacing[e]
-
-    def _to_cells_of_edges(self, edges: Tensor, e: int) -> Tensor:
-        """The derivative along a dimension, from all positions between cells to cells."""
-        dim = e - len(self.grid)
-        difference = edges.roll(-1, dim) - edges if self._periodic(e) else edges.diff(dim=dim)
-        return difference / self.spacing[e]
+            cells.add_(edges, alpha=scale)
+            lower(cells, dim).sub_(upper(edges, dim), alpha=scale)
+            last(cells, dim).sub_(first(edges, dim), alpha=scale)
+        else:
+            cells.add_(lower(edges, dim), alpha=scale).sub_(upper(edges, dim), alpha=scale)
 
     def _around(self, cells: Tensor, d: int) -> Tensor:
         """The sum of the two cells beside each face that is an unknown."""

@@ -5,19 +5,55 @@ Source: Golub & Van Loan 2013, §4.8 (circulant systems; a Toeplitz matrix is pa
 
 from __future__ import annotations
 
+import copy
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .base import StructuredOperator
 from .claims import Claims
+from .convolution import filtered, transform
+from .in_place import with_conjugate
 from .spaces import any_batch
 from .spectrum import Fourier, Spectrum
 from .triangular import check_tensor
 
 
-class Circulant(StructuredOperator):
+class _Circular(StructuredOperator):
+    """A part of a circular convolution with a kernel, whose transform one solve needs once."""
+
+    column: Tensor
+    kept: Tensor | None = None
+
+    @abstractmethod
+    def _kernel(self) -> Tensor: ...
+
+    @property
+    @abstractmethod
+    def _circle(self) -> int:
+        """The size of the convolution, to which the kernel is filled up with zeros."""
+
+    def _transform(self, full: bool) -> Tensor:
+        """The transform of the kernel, of all frequencies or of the half that determines a real one."""
+        if self.kept is not None and full == self.column.is_complex():
+            return self.kept
+        return transform(self._kernel(), (self._circle,), full)
+
+    def for_one_solve(self) -> _Circular:
+        result = copy.copy(self)
+        result.kept = self._transform(self.column.is_complex())
+        return result
+
+    def _convolved(self, x: Tensor, adjoint: bool = False) -> Tensor:
+        """The convolution with a vector, filled up with zeros, or the correlation."""
+        full = self.column.is_complex() or x.is_complex()
+        return filtered(x, self._transform(full), (self._circle,), full, adjoint)
+
+
+class Circulant(_Circular):
     """`x -> C x` with `C[i, j] = column[(i - j) mod n]`, a circular convolution; `scipy.linalg.circulant`.
 
     It is diagonal in the Fourier basis, with the transform of the column for eigenvalues, and so solved directly.
@@ -38,21 +74,32 @@ class Circulant(StructuredOperator):
         self.column = column
 
     def apply(self, x: Tensor) -> Tensor:
-        return _convolve(self.column, x, self.column.shape[-1])
+        return self._convolved(x)
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
-        return _convolve(self.column.flip(-1).roll(1, -1).conj(), y, self.column.shape[-1])
+        return self._convolved(y, adjoint=True)
+
+    def _kernel(self) -> Tensor:
+        return self.column
+
+    @property
+    def _circle(self) -> int:
+        return self.column.shape[-1]
 
     def spectrum(self) -> Spectrum:
         n = self.column.shape[-1]
-        return Spectrum(Fourier((n,)), torch.fft.fft(self.column), torch.Size((n,)), real=not self.column.is_complex())
+        return Spectrum(Fourier((n,)), self._transform(full=True), torch.Size((n,)), real=not self.column.is_complex())
 
     def exact_diagonal(self) -> Tensor:
         return self.column[..., :1].expand(self.column.shape)
 
 
-class _ColumnAndRow(StructuredOperator):
-    """A matrix given by a column, and by a row or a rule for it."""
+class _ColumnAndRow(_Circular):
+    """A matrix given by a column, and by a row or a rule for it.
+
+    For `m` rows and `n` columns the kernel has `m + n - 1` entries, and a circle of that size suffices: what wraps around it
+    falls on the first `n - 1` entries of the convolution, which are not read.
+    """
 
     def __init__(self, column: Tensor, row: Tensor | None, claims: dict[str, Any]) -> None:
         _check_entries("column", column, "(..., m)")
@@ -67,6 +114,10 @@ class _ColumnAndRow(StructuredOperator):
     def _size(self) -> tuple[int, int]:
         """The numbers of rows and of columns."""
         return self.column.shape[-1], (self.column if self.row is None else self.row).shape[-1]
+
+    @property
+    def _circle(self) -> int:
+        return _smooth(sum(self._size) - 1)
 
 
 class Toeplitz(_ColumnAndRow):
@@ -88,18 +139,18 @@ class Toeplitz(_ColumnAndRow):
         super().__init__(column, row, claims)
         self.claims |= Claims(hermitian=row is None and not column.is_complex())
 
-    def _diagonals(self) -> Tensor:
+    def _kernel(self) -> Tensor:
         """The entries of the diagonals, from the upper right corner to the lower left one."""
         row = self.column.conj() if self.row is None else self.row
         return _joined(row[..., 1:].flip(-1), self.column)
 
     def apply(self, x: Tensor) -> Tensor:
         m, n = self._size
-        return _window(self._diagonals(), x, n - 1, m)
+        return self._convolved(x)[..., n - 1 : n - 1 + m]
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
         m, n = self._size
-        return _window(self._diagonals().flip(-1).conj(), y, m - 1, n)
+        return self._convolved(pad(y, (n - 1, self._circle - (n - 1 + m))), adjoint=True)[..., :n]
 
     def exact_diagonal(self) -> Tensor | None:
         m, n = self._size
@@ -127,23 +178,27 @@ class Hankel(_ColumnAndRow):
         m, n = self._size
         self.claims |= Claims(hermitian=m == n and not column.is_complex())
 
-    def _antidiagonals(self) -> Tensor:
+    def _kernel(self) -> Tensor:
         """The entries of the antidiagonals, from the upper left corner to the lower right one."""
         row = torch.zeros_like(self.column) if self.row is None else self.row
         return _joined(self.column, row[..., 1:])
 
-    # a Hankel matrix is a Toeplitz matrix times the reversal of the vector
+    # a Hankel matrix is a Toeplitz matrix times the reversal of the vector, and its transpose is one of the same kernel
     def apply(self, x: Tensor) -> Tensor:
         m, n = self._size
-        return _window(self._antidiagonals(), x.flip(-1), n - 1, m)
+        return self._convolved(x.flip(-1))[..., n - 1 : n - 1 + m]
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
+        adjoint: Tensor = with_conjugate(self._apply_transpose, y) if self.column.is_complex() else self._apply_transpose(y)
+        return adjoint
+
+    def _apply_transpose(self, y: Tensor) -> Tensor:
         m, n = self._size
-        return _window(self._antidiagonals().conj(), y.flip(-1), m - 1, n)
+        return self._convolved(y.flip(-1))[..., m - 1 : m - 1 + n]
 
     def exact_diagonal(self) -> Tensor | None:
         m, n = self._size
-        return self._antidiagonals()[..., ::2] if m == n else None
+        return self._kernel()[..., ::2] if m == n else None
 
 
 def _check_entries(name: str, entries: Any, shape: str) -> None:
@@ -167,25 +222,6 @@ def _joined(first: Tensor, second: Tensor) -> Tensor:
     """Two tensors one after the other in the last dimension; their batch dimensions broadcast."""
     batch = torch.broadcast_shapes(first.shape[:-1], second.shape[:-1])
     return torch.cat([part.expand(*batch, part.shape[-1]) for part in (first, second)], dim=-1)
-
-
-def _convolve(kernel: Tensor, x: Tensor, size: int) -> Tensor:
-    """The circular convolution of two vectors, each filled up with zeros to a size."""
-    if kernel.is_complex() or x.is_complex():
-        product = torch.fft.fft(kernel, size) * torch.fft.fft(x, size)
-        result: Tensor = torch.fft.ifft(product)
-        return result
-    result = torch.fft.irfft(torch.fft.rfft(kernel, size) * torch.fft.rfft(x, size), size)
-    return result
-
-
-def _window(kernel: Tensor, x: Tensor, start: int, count: int) -> Tensor:
-    """Entries `start ... start + count - 1` of the convolution with a kernel of length `start + count`.
-
-    A circle of the kernel's length suffices: what wraps around it falls on entries before `start`, as `x` has no more than
-    `start + 1` entries.
-    """
-    return _convolve(kernel, x, _smooth(kernel.shape[-1]))[..., start : start + count]
 
 
 def _smooth(length: int) -> int:
