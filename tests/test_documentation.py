@@ -2,6 +2,8 @@
 
 import functools
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,9 @@ def test_blocks_run_in_order_and_print_what_they_say(page, tmp_path, monkeypatch
     request.addfinalizer(functools.partial(torch.set_default_dtype, torch.get_default_dtype()))  # a block may set another
     text = page.read_text(encoding="utf-8")
     assert len(blocks(text)) == text.count("```python"), "a block is indented or not closed"
-    namespace = {"__name__": "__main__"}
+    page_as_script = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", page_as_script)  # where a compiler looks up what a block has imported
+    namespace = vars(page_as_script)
     for lines_above, block in blocks(text):
         exec(compile("\n" * lines_above + block, page, "exec"), namespace)
         printed = capsys.readouterr().out.splitlines()

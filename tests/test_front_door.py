@@ -247,8 +247,10 @@ REFUSED = {
     "adjoint with M a string": (lambda: ns.solve(apply, b, adjoint={"M": "ilu"}), TypeError, r"^adjoint.*M.*expected .*str"),
     # options
     "unknown option": (lambda: ns.solve(A, b, tolerance=1e-8), TypeError, r"^solve: unknown option 'tolerance'"),
-    "check_every": (lambda: ns.solve(A, b, check_every=10), TypeError, r"^solve: unknown option 'check_every'"),
-    "compile": (lambda: ns.solve_ex(A, b, compile=True), TypeError, r"^solve_ex: unknown option 'compile'"),
+    "check_every zero": (lambda: ns.solve(A, b, check_every=0), ValueError, r"^check_every: expected .*at least 1, got 0"),
+    "check_every fraction": (lambda: ns.solve(A, b, check_every=1.5), TypeError, r"^check_every: expected an integer"),
+    "compile a word": (lambda: ns.solve_ex(A, b, compile="cuda"), TypeError, r"^compile: expected a bool, got str"),
+    "compile unrolled": (lambda: ns.solve(A, b, compile=True, grad="unroll"), ValueError, r"^compile: .*grad='unroll'"),
     "SciPy's old tol": (lambda: ns.cg(A, b, tol=1e-8), TypeError, r"^cg: unknown option 'tol'.*'(r|a)tol'"),
     "method for cg": (lambda: ns.cg(A, b, method="gmres"), TypeError, r"^cg: unknown option 'method'"),
 }  # fmt: skip
@@ -313,6 +315,7 @@ SOLVE = {
     "A": inspect.Parameter.empty, "b": inspect.Parameter.empty, "method": None, "M": None, "x0": None, "rtol": None,
     "atol": 0.0, "maxiter": None, "batch_dims": 0, "params": (), "nullspace": None, "left_nullspace": None, "gauge": None,
     "grad": "implicit", "adjoint": None, "on_failure": "raise", "callback": None, "progress": False, "history": False,
+    "check_every": None, "compile": False,
 }  # fmt: skip
 LSTSQ = {
     "A": inspect.Parameter.empty, "b": inspect.Parameter.empty, "damp": 0.0, "weight": None, "x_ref": None, "domain": None,
@@ -1060,8 +1063,7 @@ def test_layer_obeys_its_failure_policy():
     ("make", "error", "pattern"),
     (
         (lambda: ns.LinearSolve(max_iter=3), TypeError, r"unknown option 'max_iter'.*'maxiter'"),
-        (lambda: ns.LinearSolve(check_every=3), TypeError, "unknown option 'check_every'"),
-        (lambda: ns.LinearSolve(compile=True), TypeError, "unknown option 'compile'"),
+        (lambda: ns.LinearSolve(checkevery=3), TypeError, "unknown option 'checkevery'.*'check_every'"),
         (lambda: ns.LinearSolve("cg"), TypeError, "positional"),
         (lambda: ns.LinearSolve(method="cg")(A, b, max_iter=3), TypeError, r"unknown option 'max_iter'.*'maxiter'"),
         (lambda: ns.LinearSolve(method="cgg")(A, b), ValueError, "'cgg'.*'cg'"),

@@ -2,7 +2,7 @@
 
 from .check import CheckError, CheckItem, CheckReport, check_gradient, check_operator
 from .damping import GCV, Discrepancy, LCurve, discrepancy, gcv, lcurve
-from .info import ConvergenceError, ConvergenceWarning, SolveInfo, Status
+from .info import CompileWarning, ConvergenceError, ConvergenceWarning, SolveInfo, Status
 from .methods import CG, CGLS, CRAIG, GMRES, LSMR, LSQR, MINRES, MINRESQLP, QR, SVD, BiCGStab, Direct
 from .module import LinearSolve
 from .operators import (
@@ -76,6 +76,7 @@ __all__ = [
     "CheckReport",
     "Circulant",
     "CoilSensitivities",
+    "CompileWarning",
     "ConvectionDiffusion",
     "ConvergenceError",
     "ConvergenceWarning",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .closure import transforms_active, transparent
+from .closure import Bound, transforms_active, transparent
 
 NO_ADJOINT = (
     "The adjoint of A is needed, and autograd cannot derive it because A(v) does not depend differentiably on v. Give it: "
@@ -40,6 +41,7 @@ class Transpose:
     """`v -> A^H v`, from one recorded application of `A` and one backward pass through it a product."""
 
     def __init__(self, apply: Callable[[Tensor], Tensor], like: Tensor) -> None:
+        self.apply = apply
         with torch.enable_grad(), transparent():
             self.input = torch.zeros_like(like).requires_grad_()
             self.output = apply(self.input)
@@ -47,3 +49,13 @@ class Transpose:
     def __call__(self, v: Tensor) -> Tensor:
         """`A^H v`."""
         return _vjp(self.output, self.input, v)
+
+    def alone(self) -> Callable[[Tensor], Tensor] | None:
+        """The same as a function of the user's tensors alone, one that a compiler can follow; None where there is none."""
+        function = self.apply.alone() if isinstance(self.apply, Bound) else None
+        return None if function is None else functools.partial(_pulled_back, function, torch.zeros_like(self.input))
+
+
+def _pulled_back(function: Callable[[Tensor], Tensor], zero: Tensor, v: Tensor) -> Tensor:
+    result: Tensor = torch.func.vjp(function, zero)[1](v)[0]
+    return result

@@ -223,20 +223,9 @@ class Closure:
         names = [(name, meant) for name, meant in self.names.items() if isinstance(meant, int)]
         return [*((t, i) for i, t in enumerate(self.recorded)), *names] if self.runs else []
 
-    def bind(self, given: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-        """`v -> A v` for one choice of the given tensors; where the first call replaces nothing, later ones cost nothing."""
-        direct = False
-
-        def bound(v: Tensor) -> Tensor:
-            nonlocal direct
-            if direct:
-                return self.function(v, *params)
-            result, replaced = self._replay(v, given)
-            direct = not replaced
-            return result
-
-        params = given[: self.declared]
-        return bound
+    def bind(self, given: Sequence[Tensor]) -> Bound:
+        """`v -> A v` for one choice of the given tensors."""
+        return Bound(self, given)
 
     def check_constants(self) -> None:
         """Raise if a tensor that A reads was changed in place since recording.
@@ -263,6 +252,32 @@ class Closure:
     def matrix(self, given: Sequence[Tensor]) -> Tensor | None:
         """The dense matrix, of shape `(*batch, n, n)` with sizes 1 where it is shared; None for a function."""
         return None
+
+
+class Bound:
+    """`v -> A v` for one choice of the given tensors; where the first call replaces nothing, later ones cost nothing."""
+
+    def __init__(self, closure: Closure, given: Sequence[Tensor]) -> None:
+        self.closure, self.given = closure, given
+        self._alone: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """`A v`."""
+        if self._alone is not None:
+            return self._alone(v)
+        result, replaced = self.closure._replay(v, self.given)
+        if not replaced:
+            function, params = self.closure.function, self.given[: self.closure.declared]
+            self._alone = functools.partial(_with_params, function, params) if params else function
+        return result
+
+    def alone(self) -> Callable[[Tensor], Tensor] | None:
+        """After the first call the function itself, if nothing has to be replaced; else None."""
+        return self._alone
+
+
+def _with_params(function: Callable[..., Tensor], params: Sequence[Tensor], v: Tensor) -> Tensor:
+    return function(v, *params)
 
 
 @dataclass(frozen=True, eq=False)

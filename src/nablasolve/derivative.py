@@ -128,12 +128,11 @@ class _Solve(torch.autograd.Function):
                 _check_unchanged(problem, ctx.b, y, report)
 
         def check_back(x_back: Tensor) -> None:
-            _check_linear(problem, x_back, x_bar if null_part is None else x_bar - null_part, adjoint_report)
+            _check_linear(problem, -x_back, x_bar if null_part is None else x_bar - null_part, adjoint_report)
 
         # the older vmap of is_grads_batched=True cannot read the batch that it hides
         unchecked = problem.linear or _functorch.is_legacy_batchedtensor(x_bar)
-        total = pull_back(problem, x, given, wanted, w, check, None if unchecked else check_back)
-        total = [None if part is None else -part for part in total]
+        total = pull_back(problem, x, given, wanted, -w, check, None if unchecked else check_back)
         terms = []
         if misfit:
             v = _attached_dual(problem.tangent, w, dual_of_w, adjoint_report, ctx.count, tensors)

@@ -13,12 +13,14 @@ from torch import Tensor
 from . import certify
 from .adjoint import Transpose
 from .closure import is_wrapped
+from .compiling import Compiled
 from .info import Column, SolveInfo, Status, converged, read_report
-from .methods.base import CLAIMED, RUNNING, Correction
+from .lookout import Lookout
+from .methods.base import CLAIMED, RUNNING, Correction, Method
 from .normal import NormalEquations, as_scalar, certified_dual
 from .operands import Counted, Operands, Rescaled, adjoint_or_none, domain_zero
 from .problem import Problem
-from .vectors import HostSpace, Scalar, Space, TensorSpace, any_true, divide, precise_norm, select, times
+from .vectors import HostSpace, Scalar, Space, TensorSpace, any_true, divide, headroom, precise_norm, select, times
 
 logger = logging.getLogger("nablasolve")
 
@@ -121,11 +123,12 @@ def run(
     """
     options, method, batch_dims = problem.options, problem.options.method, problem.batch_dims
     space: Space
-    if batch_dims == 0 and b.device.type == "cpu" and not unroll and not is_wrapped(b):
+    if batch_dims == 0 and b.device.type == "cpu" and not (unroll or (problem.compile and method.steady) or is_wrapped(b)):
         space = HostSpace(b)
     else:
         space = TensorSpace(batch_dims, in_place=not unroll)
     operands = Operands.of(problem, b, given, unroll)
+    room = headroom(b)
     A, M, least = operands.A, operands.M, method.least_squares
 
     norm_b = precise_norm(b.detach(), batch_dims)
@@ -152,6 +155,8 @@ def run(
     iterations: Scalar = space.full(0, b)
     watch = _Watch(problem, norm_r)
     rescaled = Rescaled(A, operands.adjoint, space) if M is None and not method.direct else None
+    step = Compiled(_step, operands, rescaled) if problem.compile else _step
+    limit = space.full(options.maxiter, b)
     first_cycle, direction, ended = True, None, status
     hermitian = problem.hermitian or method.hermitian
     norm_s = norm_A = cond_A = torch.zeros_like(norm_r)
@@ -192,19 +197,12 @@ def run(
         normal = NormalEquations(problem, state, space, torch.where(missed, RESTART_GAIN, 1.0)) if least else None
         if normal is not None:
             normal.look(state)
-        while True:
-            active = state.running
-            if not space.any(active):
-                break
-            state = method.step(state)
-            iterations, steps = iterations + active, steps + 1
-            state.stop(Status.NONFINITE, space.nonfinite(state.residual_norm))
-            state.stop(CLAIMED, state.residual_norm <= equation.target)
+        lookout = Lookout(problem.check_every, b, exact=method.direct or watch.wanted)
+        while lookout.sees(space, state.running, steps):
+            state, iterations = step(method, state, normal, iterations, limit)
+            steps += 1
             if watch.wanted and watch.stops(state.residual_norm, scale, running, norm_r):
                 state.stop(Status.STOPPED, state.running)
-            if normal is not None:
-                normal.look(state)
-            state.stop(Status.MAXITER, iterations >= options.maxiter)
             if hermitian and steps == milestone:
                 if space.any(state.running & (state.residual_norm > certify.WORTHWHILE_GAIN * reached)):
                     with torch.no_grad():
@@ -276,8 +274,24 @@ def run(
     norm_x = precise_norm(x.detach(), batch_dims) if least else norm_r
     counts = operands.counts(problem, diagnosis)
     columns = (status, iterations, residual, relative, *counts, norm_r, norm_s, norm_A, cond_A, norm_x, dual_error)
+    del room
     report = torch.stack([torch.as_tensor(c, device=b.device).to(norm_b).expand_as(norm_b) for c in columns], dim=-1)
     return Outcome(x, report, watch.history(), () if problem.transposed and not kept else factors, q)
+
+
+def _step(
+    method: Method[Any], state: Any, normal: NormalEquations | None, iterations: Scalar, limit: Scalar
+) -> tuple[Any, Scalar]:
+    """One step of the method, and what it says of itself: the body of the loop, which may be compiled as it stands."""
+    space, active = state.problem.space, state.running
+    state = method.step(state)
+    iterations = iterations + active
+    state.stop(Status.NONFINITE, space.nonfinite(state.residual_norm))
+    state.stop(CLAIMED, state.residual_norm <= state.problem.target)
+    if normal is not None:
+        normal.look(state)
+    state.stop(Status.MAXITER, iterations >= limit)
+    return state, iterations
 
 
 def _diagnosing_adjoint(problem: Problem, b: Tensor, given: Sequence[Tensor], A: Counted, hermitian: bool) -> Counted | None:

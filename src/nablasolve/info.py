@@ -169,5 +169,9 @@ class ConvergenceError(torch.linalg.LinAlgError):  # type: ignore[name-defined]
         self.info = info
 
 
+class CompileWarning(UserWarning):
+    """A solve that was to be compiled, `compile=True`, runs eagerly; the text says why."""
+
+
 class ConvergenceWarning(UserWarning):
     """A solve did not reach its tolerance, and `on_failure="warn"` asked to go on."""

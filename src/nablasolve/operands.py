@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .adjoint import Transpose, pull_back
 from .arguments import check_result
+from .closure import Bound
 from .problem import Problem
 from .vectors import Space, any_true, divide, precise_norm
 
@@ -20,15 +21,22 @@ class Counted:
     """An application of `A`, `A^H` or `M` that counts itself and checks what the user's function returns."""
 
     def __init__(self, name: str, apply: Function, like: Tensor | None = None) -> None:
-        self.name, self._apply, self.like, self.count = name, apply, like, 0
+        self.name, self.function, self.like, self.count = name, apply, like, 0
+        self.bound: Bound | Transpose | None = apply if isinstance(apply, Bound | Transpose) else None
 
     def __call__(self, v: Tensor) -> Tensor:
         """The image of `v`."""
         self.count += 1
-        y, due = self._apply(v), v if self.like is None else self.like
+        y, due = self.function(v), v if self.like is None else self.like
         if type(y) is not type(due) or y.shape != due.shape or y.dtype != due.dtype or y.device != due.device:
             check_result(self.name, v, y, due)
+        if self.count == 1 and isinstance(self.bound, Bound):
+            self.function = self.bound.alone() or self.function
         return y
+
+    def alone(self) -> Function | None:
+        """A function of the user's tensors themselves, where the first call has shown that nothing has to take their place."""
+        return None if self.bound is None else self.bound.alone()
 
 
 @dataclass(eq=False)
@@ -146,15 +154,16 @@ class Rescaled:
 
     def __call__(self, v: Tensor) -> Tensor:
         """`A v / s`."""
-        return self._divided(self.A, v)
+        y = self.A(v)
+        return y if self.ordinary else self._divided(y, v)
 
     def adjoint(self, u: Tensor) -> Tensor:
         """`A^H u / s`."""
         assert self.A_adjoint is not None
-        return self._divided(self.A_adjoint, u)
+        s = self.A_adjoint(u)
+        return s if self.ordinary else self._divided(s, u)
 
-    def _divided(self, apply: Function, v: Tensor) -> Tensor:
-        y = apply(v)
+    def _divided(self, y: Tensor, v: Tensor) -> Tensor:
         if self.size is None:
             ratio = precise_norm(y.detach(), self.batch_dims) / precise_norm(v.detach(), self.batch_dims)
             # conjugate gradients on the normal equations square what has been multiplied by A twice

@@ -63,6 +63,8 @@ class Policy:
     callback: Callable[[Any], Any] | None
     progress: bool
     history: bool
+    check_every: int | None
+    compile: bool
 
     def __post_init__(self) -> None:
         check_choice("grad", self.grad, GRAD)
@@ -70,9 +72,15 @@ class Policy:
         check_choice("on_failure", self.on_adjoint_failure, ON_FAILURE)
         if self.callback is not None and not callable(self.callback):
             raise TypeError(f"callback: expected a callable or None, got {type(self.callback).__name__}")
-        for name, flag in (("progress", self.progress), ("history", self.history)):
+        for name, flag in (("progress", self.progress), ("history", self.history), ("compile", self.compile)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+        if self.check_every is not None and check_integer("check_every", self.check_every) < 1:
+            raise ValueError(f"check_every: expected None or at least 1, got {self.check_every}")
+        if self.compile and self.grad == "unroll":
+            raise ValueError(
+                "compile: expected grad='implicit' or 'none', got grad='unroll', whose steps autograd goes through"
+            )
 
     @property
     def differentiate(self) -> bool:
@@ -158,15 +166,16 @@ def posed(
     active = transforms_active()
     record = active or (policy.differentiate and policy.grad == "implicit")
     flat = _flat("A", operator, solution_layout, layout, with_params=bool(params))
+    function = flat.fn if params or type(flat) is LinearOperator else flat.apply
     zero = solution_layout.zero(vector, batch_dims)
     recordings = 0
     if isinstance(operator, DenseOperator):
         main: Closure = MatrixClosure.of(operator.matrix, batch_dims)
     elif record:
-        main = _recorded("A", flat.fn if params else flat.apply, zero, layout, params)
+        main = _recorded("A", function, zero, layout, params)
         recordings = main.runs
     else:
-        main = Closure(flat.fn if params else flat.apply, params, declared=len(params))
+        main = Closure(function, params, declared=len(params))
     side = functools.partial(_side_closure, record=active)
     direct = any(isinstance(options.method, Direct) for options in (forward, backward))
     inverse = _flat_factors(choice.factors, layout) if direct and not isinstance(operator, DenseOperator) else None
@@ -200,6 +209,8 @@ def posed(
         callback=policy.callback,
         progress=policy.progress,
         history=policy.history,
+        check_every=policy.check_every,
+        compile=policy.compile,
         recordings=recordings,
         **(dict(injective=False, onto=False) if singular is not None else least_squares),
     )

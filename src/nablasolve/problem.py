@@ -104,6 +104,8 @@ class Problem:
     callback: Callable[[Any], Any] | None = None
     progress: bool = False
     history: bool = False
+    check_every: int | None = None
+    compile: bool = False
     transposed: bool = False
     derived: bool = False
     known: bool = False

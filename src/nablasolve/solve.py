@@ -45,6 +45,8 @@ def solve(
     callback: Callable[[Any], Any] | None = None,
     progress: bool = False,
     history: bool = False,
+    check_every: int | None = None,
+    compile: bool = False,
 ) -> Tree:
     """Solve the square linear system `A x = b`, with exact derivatives to `b` and to everything that `A` depends on.
 
@@ -90,6 +92,14 @@ def solve(
             true return stops the solve, which then has not converged.
         progress: show a tqdm bar.
         history: keep the residual norms in the record.
+        check_every: after how many steps the host looks whether any system still runs. None chooses: 1 on the CPU; on a GPU
+            up to 10, one check late and without waiting. A system that has converged is frozen, so that the solution and
+            `iterations` do not depend on it, while `matvecs` counts the steps in vain. A `callback`, `history` and `progress`
+            see every step.
+        compile: compile each step with the products in it as one (`torch.compile`), forward and adjoint. The first solve
+            takes seconds more; later ones with the same code, shapes and dtypes, though with other tensors, do not. The
+            results are the same to rounding. Of GMRES, whose steps differ, the products alone are compiled; a direct method
+            has no steps. Where `A` cannot be compiled a `CompileWarning` says why, and the solve runs eagerly.
 
     Returns:
         The solution, with the structure and shape of `b`.
@@ -106,6 +116,7 @@ def solve(
         A, b, method=method, M=M, x0=x0, rtol=rtol, atol=atol, maxiter=maxiter, batch_dims=batch_dims, params=params,
         nullspace=nullspace, left_nullspace=left_nullspace, gauge=gauge, grad=grad, adjoint=adjoint, on_failure=on_failure,
         on_adjoint_failure=on_failure, callback=callback, progress=progress, history=history,
+        check_every=check_every, compile=compile,
     )  # fmt: skip
     return x
 
@@ -132,6 +143,8 @@ def solve_ex(
     callback: Callable[[Any], Any] | None = None,
     progress: bool = False,
     history: bool = False,
+    check_every: int | None = None,
+    compile: bool = False,
 ) -> tuple[Tree, SolveInfo]:
     """`solve` that returns `(x, info)` and neither raises nor warns when the forward solve does not converge.
 
@@ -149,6 +162,7 @@ def solve_ex(
         A, b, method=method, M=M, x0=x0, rtol=rtol, atol=atol, maxiter=maxiter, batch_dims=batch_dims, params=params,
         nullspace=nullspace, left_nullspace=left_nullspace, gauge=gauge, grad=grad, adjoint=adjoint, on_failure="ignore",
         on_adjoint_failure=on_failure, callback=callback, progress=progress, history=history,
+        check_every=check_every, compile=compile,
     )  # fmt: skip
 
 
@@ -175,6 +189,8 @@ def lstsq(
     callback: Callable[[Any], Any] | None = None,
     progress: bool = False,
     history: bool = False,
+    check_every: int | None = None,
+    compile: bool = False,
 ) -> Tree:
     """Solve `min |A x - b|^2 + damp^2 |x|^2` for an `A` of any shape and rank, with exact derivatives.
 
@@ -212,6 +228,8 @@ def lstsq(
         callback: as for `solve`.
         progress: as for `solve`.
         history: as for `solve`.
+        check_every: as for `solve`.
+        compile: as for `solve`.
 
     Returns:
         The minimiser, with the structure of `domain`.
@@ -228,6 +246,7 @@ def lstsq(
         A, b, damp=damp, weight=weight, x_ref=x_ref, domain=domain, method=method, M=M, x0=x0, rtol=rtol, atol=atol,
         maxiter=maxiter, batch_dims=batch_dims, params=params, grad=grad, adjoint=adjoint, on_failure=on_failure,
         on_adjoint_failure=on_failure, callback=callback, progress=progress, history=history,
+        check_every=check_every, compile=compile,
     )  # fmt: skip
     return x
 
@@ -255,6 +274,8 @@ def lstsq_ex(
     callback: Callable[[Any], Any] | None = None,
     progress: bool = False,
     history: bool = False,
+    check_every: int | None = None,
+    compile: bool = False,
 ) -> tuple[Tree, SolveInfo]:
     """`lstsq` that returns `(x, info)` and neither raises nor warns when the forward solve does not converge.
 
@@ -273,6 +294,7 @@ def lstsq_ex(
         A, b, damp=damp, weight=weight, x_ref=x_ref, domain=domain, method=method, M=M, x0=x0, rtol=rtol, atol=atol,
         maxiter=maxiter, batch_dims=batch_dims, params=params, grad=grad, adjoint=adjoint, on_failure="ignore",
         on_adjoint_failure=on_failure, callback=callback, progress=progress, history=history,
+        check_every=check_every, compile=compile,
     )  # fmt: skip
 
 
@@ -486,10 +508,26 @@ def solve_with_record(
     callback: Callable[[Any], Any] | None = None,
     progress: bool = False,
     history: bool = False,
+    check_every: int | None = None,
+    compile: bool = False,
 ) -> tuple[Tree, SolveInfo]:
     """`solve` with its record, and with a failure policy for each pass: what every public function calls."""
     policy = Policy(
-        method, M, x0, rtol, atol, maxiter, grad, adjoint, on_failure, on_adjoint_failure, callback, progress, history
+        method,
+        M,
+        x0,
+        rtol,
+        atol,
+        maxiter,
+        grad,
+        adjoint,
+        on_failure,
+        on_adjoint_failure,
+        callback,
+        progress,
+        history,
+        check_every,
+        compile,
     )
     return solved(
         pose(
@@ -531,10 +569,26 @@ def lstsq_with_record(
     callback: Callable[[Any], Any] | None,
     progress: bool,
     history: bool,
+    check_every: int | None,
+    compile: bool,
 ) -> tuple[Tree, SolveInfo]:
     """`lstsq` with its record, and with a failure policy for each pass."""
     policy = Policy(
-        method, M, x0, rtol, atol, maxiter, grad, adjoint, on_failure, on_adjoint_failure, callback, progress, history
+        method,
+        M,
+        x0,
+        rtol,
+        atol,
+        maxiter,
+        grad,
+        adjoint,
+        on_failure,
+        on_adjoint_failure,
+        callback,
+        progress,
+        history,
+        check_every,
+        compile,
     )
     asked = pose_least_squares(
         A, b, policy, damp=damp, weight=weight, x_ref=x_ref, domain=domain, batch_dims=batch_dims, params=params

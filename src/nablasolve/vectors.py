@@ -20,6 +20,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+_functorch = torch._C._functorch
+
+# The squares of a vector of this norm or more, in float64, lose nothing in underflow, and those of one below its inverse fit.
+SAFE_NORM = 1e-140
+
+# For how many vectors there is to be room on the heap.
+ROOM = 8
+
 Scalar = Any  # a Python number (HostSpace) or a tensor of the batch shape (TensorSpace)
 
 
@@ -135,6 +143,10 @@ class Space(ABC):
         """The larger of two real scalars."""
 
     @abstractmethod
+    def minimum(self, a: Scalar, b: Scalar) -> Scalar:
+        """The smaller of two real scalars."""
+
+    @abstractmethod
     def conj(self, a: Scalar) -> Scalar:
         """The complex conjugate."""
 
@@ -145,6 +157,10 @@ class Space(ABC):
     @abstractmethod
     def any(self, condition: Scalar) -> bool:
         """Whether the condition holds for any system: the one place where the host waits for the device."""
+
+    @abstractmethod
+    def may(self, condition: Scalar) -> bool:
+        """Whether the condition may hold for any system, as a step asks it: true where to know would take waiting."""
 
     @abstractmethod
     def full(self, value: float, like: Tensor) -> Scalar:
@@ -230,6 +246,9 @@ class HostSpace(Space):
     def maximum(self, a: Scalar, b: Scalar) -> Scalar:
         return max(a, b)
 
+    def minimum(self, a: Scalar, b: Scalar) -> Scalar:
+        return min(a, b)
+
     def conj(self, a: Scalar) -> Scalar:
         return a.conjugate()
 
@@ -237,6 +256,9 @@ class HostSpace(Space):
         return not math.isfinite(a)
 
     def any(self, condition: Scalar) -> bool:
+        return bool(condition)
+
+    def may(self, condition: Scalar) -> bool:
         return bool(condition)
 
     def full(self, value: float, like: Tensor) -> Scalar:
@@ -297,7 +319,10 @@ class TensorSpace(Space):
         return torch.where(positive, torch.where(positive, a, 1.0).sqrt(), 0.0)
 
     def maximum(self, a: Scalar, b: Scalar) -> Scalar:
-        return torch.maximum(a, torch.as_tensor(b, dtype=a.dtype, device=a.device))
+        return torch.maximum(a, b) if isinstance(b, Tensor) else a.clamp(min=b)
+
+    def minimum(self, a: Scalar, b: Scalar) -> Scalar:
+        return torch.minimum(a, b) if isinstance(b, Tensor) else a.clamp(max=b)
 
     def conj(self, a: Scalar) -> Scalar:
         return a.conj()
@@ -307,6 +332,9 @@ class TensorSpace(Space):
 
     def any(self, condition: Scalar) -> bool:
         return any_true(condition)
+
+    def may(self, condition: Scalar) -> bool:
+        return torch.compiler.is_compiling() or condition.device.type != "cpu" or any_true(condition)
 
     def full(self, value: float, like: Tensor) -> Scalar:
         dtype = accumulator_dtype(real_dtype(like.dtype))
@@ -360,26 +388,44 @@ def probe(like: Tensor) -> Tensor:
     return (0.7 * count * count).cos().reshape(like.shape).to(like.dtype)
 
 
+def headroom(like: Tensor) -> Tensor | None:
+    """What leaves room on the heap for the vectors that products make and drop, for as long as it is kept.
+
+    glibc gives what is free at the top of its heap back to the system, and takes it again page by page at the next product,
+    which costs more than the arithmetic on vectors of some megabytes. So a few vectors are freed below one that stays; nobody
+    touches it, and it takes no memory. Smaller and larger vectors do not lie there.
+    """
+    if like.device.type != "cpu" or not 2**17 <= like.numel() * like.element_size() <= 2**25:
+        return None
+    room = [like.new_empty(like.shape) for _ in range(ROOM)]
+    top = like.new_empty(like.shape)
+    del room
+    return top
+
+
 class Basis:
     """The orthonormal vectors of an Arnoldi or Lanczos process, kept side by side for fused products."""
 
-    def __init__(self, space: Space, first: Tensor, capacity: int) -> None:
+    def __init__(self, space: Space, first: Tensor, capacity: int, a: Scalar = 1.0) -> None:
         self.space = space
+        self.host = isinstance(space, HostSpace)
         self.shape = first.shape
-        self.count = 0
+        self.count, self.capacity = 0, capacity
         batch = first.shape[: space.batch_dims]
         self.width = math.prod(first.shape[space.batch_dims :])
         self._block = first.new_empty((*batch, capacity, self.width)) if space.in_place else None
         self._list: list[Tensor] = []
-        self.append(first)
+        self.append(first, a)
 
-    def append(self, vector: Tensor) -> None:
-        """Add one vector."""
+    def append(self, vector: Tensor, a: Scalar = 1.0) -> None:
+        """Add `a` times a vector, zero where `a` is zero."""
         flat = flatten(vector, self.space.batch_dims)
         if self._block is None:
-            self._list.append(flat)
+            self._list.append(self.space.scale(a, flat))
+        elif self.host and a != 0:
+            torch.mul(flat, a, out=self._block[self.count])
         else:
-            self._block[..., self.count, :].copy_(flat)
+            self._block[..., self.count, :].copy_(self.space.scale(a, flat))
         self.count += 1
 
     def _vectors(self) -> Tensor:
@@ -394,10 +440,15 @@ class Basis:
     def project(self, w: Tensor) -> Tensor:
         """`V^H w`: the coefficients of `w`, of shape `(*batch, count)`."""
         flat = flatten(w, self.space.batch_dims)
+        if self.host:
+            return torch.mv(self._vectors(), flat.conj()).conj()  # V.conj() would be a copy
         return (self._vectors().conj() @ flat.unsqueeze(-1)).squeeze(-1)
 
     def subtract(self, w: Tensor, coefficients: Tensor) -> Tensor:
         """`w - V c`, written over `w` where updates are in place."""
+        if self.host:
+            w.view(-1).addmv_(self._vectors().T, coefficients, alpha=-1)
+            return w
         part = self.combine(coefficients)
         return w.sub_(part) if self.space.in_place else w - part
 
@@ -420,6 +471,10 @@ def precise_norm(x: Tensor, batch_dims: int) -> Tensor:
         wide = torch.complex128 if x.dtype.is_complex else torch.float64
         narrow_norm: Tensor = torch.linalg.vector_norm(flat, dim=-1, dtype=wide)
         return narrow_norm
+    if x.device.type == "cpu" and not _functorch.is_functorch_wrapped_tensor(x) and not _functorch.is_legacy_batchedtensor(x):
+        plain: Tensor = torch.linalg.vector_norm(flat, dim=-1)
+        if ((plain > SAFE_NORM) & (plain < 1 / SAFE_NORM)).all():  # to look costs nothing here
+            return plain
     largest = torch.linalg.vector_norm(flat, ord=math.inf, dim=-1, keepdim=True)
     usable = (largest > 0) & torch.isfinite(largest)
     unit = flat / torch.where(usable, largest, 1.0)

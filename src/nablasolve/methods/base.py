@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -45,6 +45,8 @@ class Correction:
         left_preconditioner: for a consistent least-squares problem, `r -> M r`, in whose norm the residual is measured; else
             None. (Here `preconditioner` is one of the domain, `M s ≈ (A^H A)^{-1} s`. Both are Hermitian positive definite.)
         dual: whether a least-squares method is to find the `q` with `d = A^H q` as well.
+        epsilon: the distance from 1 to the next number of the vectors' dtype.
+        rounding: how far rounding moves a quantity of size 1 that a few operations on vectors have built.
     """
 
     space: Space
@@ -60,20 +62,16 @@ class Correction:
     adjoint: Callable[[Tensor], Tensor] | None = None
     left_preconditioner: Callable[[Tensor], Tensor] | None = None
     dual: bool = False
+    epsilon: float = field(init=False)
+    rounding: float = field(init=False)
 
     def precondition(self, r: Tensor) -> Tensor:
         """`M r`, or `r` itself where there is no preconditioner."""
         return r if self.preconditioner is None else self.preconditioner(r)
 
-    @property
-    def epsilon(self) -> float:
-        """The distance from 1 to the next number of the vectors' dtype."""
-        return torch.finfo(self.rhs.dtype).eps
-
-    @property
-    def rounding(self) -> float:
-        """How far rounding moves a quantity of size 1 that a few operations on vectors have built."""
-        return 10 * self.epsilon
+    def __post_init__(self) -> None:
+        self.epsilon = torch.finfo(self.rhs.dtype).eps
+        self.rounding = 10 * self.epsilon
 
 
 @dataclass(eq=False)
@@ -126,6 +124,7 @@ class Method(ABC, Generic[S]):
         positive_definite: whether it claims that `A` is Hermitian positive definite.
         least_squares: whether it solves least-squares problems, and its state is a `LeastSquaresState`.
         direct: whether it factorises rather than iterates.
+        steady: whether every step is the same computation on vectors and scalars, so that it can be compiled as one.
     """
 
     name: ClassVar[str]
@@ -133,6 +132,7 @@ class Method(ABC, Generic[S]):
     positive_definite: ClassVar[bool] = False
     least_squares: ClassVar[bool] = False
     direct: ClassVar[bool] = False
+    steady: ClassVar[bool] = True
 
     @abstractmethod
     def init(self, problem: Correction) -> S:

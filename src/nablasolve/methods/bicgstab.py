@@ -60,7 +60,7 @@ class BiCGStab(Method[BiCGStabState]):
         half_norm = space.norm(s.r)
         s.stop(Status.BREAKDOWN, half_norm * problem.epsilon > 1)  # no digit of the equation is left
         half = half_norm <= problem.target
-        if not space.any(s.running & (half_norm > problem.target)):
+        if not space.may(s.running & (half_norm > problem.target)):
             s.residual_norm = space.where(s.running, half_norm, s.residual_norm)
             return s
 

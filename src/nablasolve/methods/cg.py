@@ -59,7 +59,7 @@ class CG(Method[CGState]):
         s.stop(Status.BREAKDOWN, abs(rayleigh) <= problem.rounding * s.largest)
         s.stop(Status.INDEFINITE, rayleigh < 0)
 
-        if not space.any(s.running):
+        if not space.may(s.running):
             return s  # p is the direction that stopped the last system
 
         alpha = s.ratio(s.rho, curvature)

@@ -99,7 +99,7 @@ class CGLS(Method[CGLSState]):
         s.trace = s.trace + space.where(s.running, gain + s.carried, gain * 0)
         s.carried = beta * gain
         s.norm_A = space.sqrt(s.trace + s.carried)
-        s.gain_max, s.gain_min = space.maximum(s.gain_max, gain), -space.maximum(-s.gain_min, -gain)
+        s.gain_max, s.gain_min = space.maximum(s.gain_max, gain), space.minimum(s.gain_min, gain)
         s.cond_A = space.where(s.running, space.sqrt(space.ratio(s.gain_max, s.gain_min)), s.cond_A)
         s.gamma = gamma
         return s

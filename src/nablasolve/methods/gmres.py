@@ -35,7 +35,7 @@ class GMRES(Method[GMRESState]):
     """GMRES(restart) (Saad & Schultz 1986; Saad 2003, Algorithm 9.5), preconditioned on the right.
 
     For any square `A`. One product with `A` and one with `M` a step, one more of each at a restart; the residual norm is
-    the true one, whatever `M`. Classical Gram-Schmidt with a second pass where the first one cancels. Storage:
+    the true one, whatever `M`. Classical Gram-Schmidt, with a second pass where the first one cancels. Storage:
     `restart + 4` vectors beside `b`, those that `A` and `M` return included: the basis, the residual and two more.
 
     Args:
@@ -44,6 +44,7 @@ class GMRES(Method[GMRESState]):
 
     restart: int = 20
     name: ClassVar[str] = "gmres"
+    steady: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         positive_integer("restart", self.restart)
@@ -52,19 +53,20 @@ class GMRES(Method[GMRESState]):
         norm, status = initial_status(problem)
         width = math.prod(problem.rhs.shape[problem.space.batch_dims :])
         capacity = max(1, min(self.restart, width, problem.steps)) + 1
-        first = problem.space.scale(problem.space.ratio(1.0, norm), problem.rhs)
-        basis = Basis(problem.space, first, capacity)
+        basis = Basis(problem.space, problem.rhs, capacity, problem.space.ratio(1.0, norm))
         return GMRESState(problem, norm, status, basis, R=[], rotations=[], g=[norm], norm_A=norm * 0)
 
     def step(self, s: GMRESState) -> GMRESState:
         problem, space, basis = s.problem, s.problem.space, s.basis
+        if len(s.R) == basis.capacity - 1:
+            return s  # every system has stopped, where nobody has looked yet
         # Arnoldi: w = A M v_j, made orthogonal to the basis
         w = space.copy(problem.apply(problem.precondition(basis[basis.count - 1])))
         h = basis.project(w)
         w = basis.subtract(w, h)
         below = space.norm(w)
         before = space.sqrt(below * below + sum(space.abs2(a) for a in space.unstack(h)))
-        if space.batch_dims or space.any(below < REORTHOGONALISE_BELOW * before):
+        if space.batch_dims or space.may(below < REORTHOGONALISE_BELOW * before):
             again = basis.project(w)
             w, h = basis.subtract(w, again), h + again
             below = space.norm(w)
@@ -92,7 +94,7 @@ class GMRES(Method[GMRESState]):
         if len(s.R) == self.restart or len(s.R) == basis.width:
             s.stop(CYCLE_END, s.residual_norm > problem.target)
         else:
-            basis.append(space.scale(space.ratio(1.0, below), w))
+            basis.append(w, space.ratio(1.0, below))
         return s
 
     def solution(self, s: GMRESState) -> Tensor:

@@ -55,7 +55,7 @@ class LSMRState(LeastSquaresState):
     theta_tilde: Scalar
     rho_bar_max: Scalar
     rho_bar_min: Scalar
-    steps: int = 0
+    first: bool = True
 
 
 @names_options
@@ -136,11 +136,12 @@ class LSMR(Method[LSMRState]):
         s.normal_norm = space.where(s.running, abs(s.zeta_bar), s.normal_norm)
 
         # the diagonal of the second triangle, the newest entry of which is not final
-        s.steps += 1
-        if s.steps > 1:
+        if s.first:
+            s.first = False
+        else:
             s.rho_bar_max = space.maximum(s.rho_bar_max, rho_bar_old)
-            s.rho_bar_min = -space.maximum(-s.rho_bar_min, -rho_bar_old)
-            largest, smallest = space.maximum(s.rho_bar_max, size), -space.maximum(-s.rho_bar_min, -size)
+            s.rho_bar_min = space.minimum(s.rho_bar_min, rho_bar_old)
+            largest, smallest = space.maximum(s.rho_bar_max, size), space.minimum(s.rho_bar_min, size)
             s.cond_A = space.where(s.running, space.maximum(s.cond_A, space.ratio(largest, smallest)), s.cond_A)
         return s
 

@@ -81,7 +81,7 @@ class LSQR(Method[LSQRState]):
 
         s.residual_norm = space.where(s.running, abs(s.phi_bar) * s.scale, s.residual_norm)
         s.normal_norm = space.where(s.running, abs(s.phi_bar * s.rho_bar), s.normal_norm)
-        s.rho_max, s.rho_min = space.maximum(s.rho_max, rho), -space.maximum(-s.rho_min, -rho)
+        s.rho_max, s.rho_min = space.maximum(s.rho_max, rho), space.minimum(s.rho_min, rho)
         s.cond_A = space.where(s.running, space.maximum(s.cond_A, space.ratio(s.rho_max, s.rho_min)), s.cond_A)
         return s
 

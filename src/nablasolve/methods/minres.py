@@ -34,15 +34,12 @@ class MINRESState(State):
     gamma_old: Scalar
     phi: Scalar
     norm_A: Scalar
-    steps: int = 0
+    noise: Scalar
 
 
-def _noise(problem: Correction, steps: int) -> float:
-    """How small `|A r| / (|A| |r|)` may be before it is rounding, which grows with the steps of the Lanczos process.
-
-    To stop too early costs a restart; to stop too late pollutes `x` with a null vector.
-    """
-    return float(min((100 + 40 * steps) * problem.epsilon, 4 * problem.epsilon**0.75))
+# How many roundoffs `|A r| / (|A| |r|)` may be before it is more than rounding, which grows with each step of the Lanczos
+# process: to stop too early costs a restart; to stop too late pollutes `x` with a null vector.
+NOISE, MORE_NOISE = 100, 40
 
 
 @names_options
@@ -86,6 +83,7 @@ class MINRES(Method[MINRESState]):
             gamma_old=zero,
             phi=beta,
             norm_A=zero,
+            noise=zero + NOISE * problem.epsilon,
         )
         state.stop(Status.NONFINITE, space.nonfinite(beta2))
         state.stop(Status.INDEFINITE, beta2 <= 0)  # M has the wrong sign
@@ -116,8 +114,8 @@ class MINRES(Method[MINRESState]):
         # |A r| of the iterate *before* this step; nothing more can be gained once it vanishes beside |A| |r|
         norm_Ar = s.phi * space.sqrt(gamma_bar * gamma_bar + s.delta_bar * s.delta_bar)
         s.norm_A = space.maximum(s.norm_A, space.sqrt(alpha * alpha + beta * beta))
-        s.steps += 1
-        s.stop(Status.STAGNATED, norm_Ar <= _noise(problem, s.steps) * s.norm_A * s.phi)
+        s.noise = space.minimum(s.noise + MORE_NOISE * problem.epsilon, 4 * problem.epsilon**0.75)
+        s.stop(Status.STAGNATED, norm_Ar <= s.noise * s.norm_A * s.phi)
         gamma = space.sqrt(gamma_bar * gamma_bar + beta * beta)
         s.c, s.s = space.where(gamma > 0, space.ratio(gamma_bar, gamma), 1.0), space.ratio(beta, gamma)
         tau, s.phi = s.c * s.phi, s.s * s.phi
