@@ -481,9 +481,7 @@ def test_minres_qlp_finds_the_pseudo_inverse_solution_of_every_hermitian_system(
     expected = pseudo_inverse_solution(A, b)
     A, b = A.to(dtype), b.to(dtype)
     reached = Status.CONVERGED if consistent or not singular else Status.LEAST_SQUARES
-    # of a residual that cannot vanish half of the digits are found
-    rtol = {True: 1e-12 if dtype in WIDE else 1e-5, False: 1e-8 if dtype in WIDE else 1e-3}[reached is Status.CONVERGED]
-    bound = {True: ERROR[dtype], False: 1e-8 if dtype in WIDE else 1e-2}[reached is Status.CONVERGED]
+    rtol, bound = 1e-12 if dtype in WIDE else 1e-5, ERROR[dtype]
     x, info = ns.lstsq_ex(lambda v: times(A, v), b, domain=b, batch_dims=1, method="minres_qlp", rtol=rtol, maxiter=200)
     assert info.status.tolist() == [reached] * 3
     assert error(x, expected) <= bound
@@ -503,12 +501,12 @@ def test_minres_qlp_solves_systems_of_a_batch_that_end_at_different_steps_and_fo
     A = torch.stack([with_eigenvalues(values.double(), dtype, seed) for seed, values in enumerate(spectra)])
     b = torch.stack([any_side(A[0], 5), any_side(A[1], 6), consistent_side(A[2]), *(any_side(A[k], k) for k in (3, 4, 5))])
     b[3] = 0
-    x, info = ns.lstsq_ex(A, b, method="minres_qlp")
+    x, info = ns.lstsq_ex(A, b, method="minres_qlp", rtol=1e-12)
     assert len(set(info.iterations.tolist())) >= 5
     assert solved(info)
     for k in range(6):
         if k != 3:
-            assert error(x[k], pseudo_inverse_solution(A[k], b[k])) <= 1e-8
+            assert error(x[k], pseudo_inverse_solution(A[k], b[k])) <= 1e-9
     assert torch.equal(x[3], torch.zeros_like(x[3]))
 
 
@@ -545,17 +543,116 @@ def test_minres_qlp_needs_the_steps_of_minres(condition):
 
 @pytest.mark.parametrize("consistent", [True, False], ids=["consistent", "inconsistent"])
 def test_minres_qlp_on_an_ill_conditioned_singular_system(consistent):
-    """The error is at most the tolerance times the condition number on the range, and no part of it is in the nullspace."""
+    """The error is about the tolerance times the condition number on the range, and no part of it is in the nullspace."""
     for seed in range(4):
         values = torch.cat([torch.zeros(4).double(), torch.logspace(0, -4, 26).double() * torch.sign(randn(26, seed=seed))])
         A = with_eigenvalues(values, seed=seed)
         b = consistent_side(A, seed) if consistent else any_side(A, seed)
         expected = pseudo_inverse_solution(A, b)
-        x, info = ns.lstsq_ex(ns.aslinearoperator(A, hermitian=True), b, method="minres_qlp", rtol=1e-8, maxiter=1000)
-        assert torch.isfinite(x).all()
-        assert error(x, expected) <= 1e-4
-        if info.status is Status.CONVERGED:
-            assert info.relative_residual <= 1e-8
+        for rtol, bound in ((1e-8, 1e-4), (1e-12, 1e-8 if consistent else 1e-7)):
+            x, info = ns.lstsq_ex(ns.aslinearoperator(A, hermitian=True), b, method="minres_qlp", rtol=rtol, maxiter=1000)
+            assert info.status is (Status.CONVERGED if consistent else Status.LEAST_SQUARES)
+            assert error(x, expected) <= bound
+
+
+def inconsistent(seed: int, dtype: torch.dtype = torch.float64, signs: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """A Hermitian `A` of size 105 with the eigenvalues 1 to 3, or those and their negatives, and 0 five times; `b`; `A^+ b`."""
+    values = torch.linspace(1, 3, 100, dtype=torch.float64) * (torch.sign(randn(100, seed=seed)) if signs else 1)
+    A = with_eigenvalues(
+        torch.cat([values, torch.zeros(5, dtype=torch.float64)]), wide(torch.zeros(0, dtype=dtype)).dtype, seed
+    )
+    b = any_side(A, seed + 1)
+    return A.to(dtype), b.to(dtype), pseudo_inverse_solution(A, b)
+
+
+@pytest.mark.parametrize("signs", [False, True], ids=["semidefinite", "indefinite"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_minres_qlp_finds_all_digits_where_the_system_is_inconsistent(dtype, signs):
+    """A first cycle finds half of them; what it leaves is nearly a null vector, from which MR-II goes on."""
+    for seed in range(20):
+        A, b, expected = inconsistent(seed, dtype, signs)
+        operator = ns.LinearOperator(lambda v, A=A: A @ v, hermitian=True)
+        x, info = ns.lstsq_ex(operator, b, method="minres_qlp")
+        _, lsmr = ns.lstsq_ex(operator, b, method="lsmr")
+        assert info.status is Status.LEAST_SQUARES
+        assert error(x, expected) <= (5e-8 if dtype in WIDE else 1e-4)  # the tolerance itself, and a factor
+        assert info.matvecs <= 1.2 * (lsmr.matvecs + lsmr.rmatvecs) or dtype not in WIDE
+        if dtype in WIDE:
+            tight, record = ns.lstsq_ex(operator, b, method="minres_qlp", rtol=1e-10)
+            assert record.status is Status.LEAST_SQUARES
+            assert error(tight, expected) <= 1e-9
+            best, last = ns.lstsq_ex(operator, b, method="minres_qlp", rtol=0.0)
+            assert last.status is Status.LEAST_SQUARES
+            assert error(best, expected) <= 1e-10
+            _, lsmr = ns.lstsq_ex(operator, b, method="lsmr", rtol=1e-10)
+            assert record.matvecs <= (1.2 if signs else 0.65) * (lsmr.matvecs + lsmr.rmatvecs)
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_minres_qlp_in_a_batch_treats_each_system_as_it_would_alone(dtype):
+    """Of which one is consistent, one inconsistent, one nearly a null vector from the beginning, and one zero."""
+    A, b, _ = inconsistent(2, dtype, signs=True)
+    null = b - times(A, pseudo_inverse_solution(A, b))
+    side = torch.stack([times(A, b), b, null + 1e-7 * times(A, b), torch.zeros_like(b), times(A, null + b)])
+    for rtol in (1e-6, 1e-12):
+        x, info = ns.lstsq_ex(lambda v: times(A, v), side, domain=side, batch_dims=1, method="minres_qlp", rtol=rtol)
+        assert info.status.tolist() == [Status.CONVERGED, Status.LEAST_SQUARES, Status.LEAST_SQUARES, *[Status.CONVERGED] * 2]
+        for k in (0, 1, 2, 4):
+            alone, record = ns.lstsq_ex(A, side[k], method="minres_qlp", rtol=rtol)
+            assert abs(info.iterations[k] - record.iterations) <= 2 + 0.1 * record.iterations  # rounding is another in a batch
+            assert error(x[k], wide(alone)) <= 10 * rtol * (1e7 if k == 2 else 1)
+            assert error(x[k], pseudo_inverse_solution(A, side[k])) <= 100 * rtol * (1e7 if k == 2 else 1)
+        assert torch.equal(x[3], torch.zeros_like(x[3]))
+        assert info.iterations[2] < info.iterations[1]
+
+
+def test_minres_qlp_keeps_what_the_first_step_has_solved_where_another_system_goes_on_from_a_null_vector():
+    values = torch.cat([torch.zeros(3), torch.linspace(1, 3, 17)]).double()
+    A = with_eigenvalues(values)
+    vectors = torch.linalg.eigh(A)[1]
+    side = torch.stack([vectors[:, 9], vectors[:, 0] + 1e-7 * vectors[:, 5:].sum(1)])
+    x, info = ns.lstsq_ex(lambda v: times(A, v), side, domain=side, batch_dims=1, method="minres_qlp", rtol=1e-12)
+    assert info.status.tolist() == [Status.CONVERGED, Status.LEAST_SQUARES]
+    assert info.iterations[0] == 1
+    assert error(x[0], side[0] / values[9]) <= 1e-12
+    assert error(x[1], times(torch.linalg.pinv(A, rtol=1e-5), side[1])) <= 1e-4
+
+
+def test_minres_qlp_freezes_a_stopped_system_of_either_kind_in_a_batch():
+    A, b, _ = inconsistent(2)
+    null = b - times(A, pseudo_inverse_solution(A, b)) + 1e-8 * times(A, b)
+    sides = torch.stack([times(A, b), times(A, b.flip(0)), null, null - 1e-8 * b])
+    sides = sides / torch.linalg.vector_norm(sides, dim=-1, keepdim=True)
+    method, state = state_of("minres_qlp", TensorSpace(1), A, sides)
+    for _ in range(4):
+        state = method.step(state)
+    assert state.null.tolist() == [False, False, True, True]
+    before, norms = method.solution(state).clone(), state.normal_norm.clone()
+    state.stop(Status.STOPPED, torch.tensor([True, False, True, False]))
+    for _ in range(3):
+        state = method.step(state)
+    after = method.solution(state)
+    for index, frozen in enumerate((True, False, True, False)):
+        assert torch.allclose(after[index], before[index], rtol=0, atol=1e-14) is frozen
+        assert (state.normal_norm[index] == norms[index]).item() is frozen
+    assert (state.status == RUNNING).tolist() == [False, True, False, True]
+
+
+def test_minres_qlp_waits_for_the_device_once_a_step(monkeypatch):
+    A, b, _ = inconsistent(0)
+    waits, plain = [], TensorSpace.any
+    monkeypatch.setattr(TensorSpace, "any", lambda self, condition: waits.append(1) or plain(self, condition))
+    for side in (times(A, b), b):
+        counts = []
+        for rtol in (1e-3, 1e-7):  # in one cycle each
+            waits.clear()
+            _, info = ns.lstsq_ex(
+                lambda v: times(A, v), side[None], domain=side[None], batch_dims=1, method="minres_qlp", rtol=rtol
+            )
+            counts.append((len(waits), int(info.iterations)))
+        (few, first), (many, last) = counts
+        assert last >= first + 5
+        assert many - few == last - first
 
 
 @pytest.mark.parametrize("rtol", [None, 0.0])
@@ -570,7 +667,7 @@ def test_minres_qlp_takes_no_null_vector_for_a_part_of_the_solution(rtol):
         b = torch.randint(-2, 3, (n,), generator=draw).double()
         expected = pseudo_inverse_solution(A, b)
         x, info = ns.lstsq_ex(ns.aslinearoperator(A, hermitian=True), b, method="minres_qlp", rtol=rtol)
-        assert torch.linalg.vector_norm(x - expected) <= 1e-8 * (1 + torch.linalg.vector_norm(expected))
+        assert torch.linalg.vector_norm(x - expected) <= 1e-9 * (1 + torch.linalg.vector_norm(expected))
         assert info.converged or rtol == 0.0
 
 

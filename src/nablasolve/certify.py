@@ -117,7 +117,8 @@ def useless(
     """
     unfinished = ((status == Status.MAXITER) | (status == Status.STOPPED)) & first_cycle
     # a least-squares residual that cannot fall may well rise by its rounding
-    growth = torch.where(unfinished, eps**-0.5, 1 + eps**0.5 if least_squares else 1.0)
+    rounding = torch.full_like(after, 1 + eps**0.5 if least_squares else 1.0)  # in 64 bits: in 32 it is 1
+    growth = torch.where(unfinished, eps**-0.5, rounding)
     return ~torch.isfinite(after) | (after > before * growth)
 
 

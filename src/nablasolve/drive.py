@@ -348,7 +348,10 @@ def _check_claimed_adjoint(
         return status, norm_r
     reached = converged(status, problem.least_squares)
     if not problem.transposed:  # the solution of a least-squares problem has A^H r = 0
-        limit = CLAIM_SLACK * max(problem.options.rtol, torch.finfo(b.dtype).eps ** 0.5) * norm_A * norm_r
+        eps, k = torch.finfo(b.dtype).eps, problem.batch_dims
+        size = precise_norm(b.detach(), k) + norm_A * precise_norm(x.detach(), k)  # as in `NormalEquations.recomputed`
+        rounding = torch.minimum(certify.NULL_SLACK * eps * size, eps ** (1 / 3) * norm_r)
+        limit = CLAIM_SLACK * norm_A * torch.maximum(max(problem.options.rtol, eps**0.5) * norm_r, rounding)
         false_claim = reached & (status != Status.CONVERGED) & ~(precise_norm(image, problem.batch_dims) <= limit)
         return torch.where(false_claim, int(Status.NOT_HERMITIAN), status), norm_r
     if problem.least_squares:  # r is what the claimed adjoint has left

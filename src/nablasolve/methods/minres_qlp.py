@@ -10,11 +10,16 @@ from torch import Tensor
 
 from ..arguments import names_options
 from ..info import Status
-from ..vectors import Scalar, Space
-from .base import CLAIMED, Correction, LeastSquaresState, Method, initial_status, zeros
+from ..vectors import Scalar, Space, select
+from .base import CLAIMED, CYCLE_END, RUNNING, Correction, LeastSquaresState, Method, initial_status, zeros
 
 # A step that takes less than this part of the residual away, and yet meets a tiny entry of `L`, has met a null vector of A.
 NULL_GAIN = 0.1
+# A right-hand side `r` with `|A r|` below this power of the roundoff beside `|A| |r|` is nearly a null vector of A. (What is
+# left of an inconsistent system by a first cycle is near the power 1/2.)
+NULL_SIDE = 1 / 3
+# A cycle ends where `|A r|` is this many times the square root of the roundoff beside `|A| |r|`, below which rounding moves it.
+HALF_OF_THE_DIGITS = 4.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +64,7 @@ class MINRESQLPState(LeastSquaresState):
         shortened: whether the iterate has been given its part in the column that ended its system.
         size: the longest column of the tridiagonal matrix, an estimate of `|A|` in the 2-norm from below.
         gamma_min: the smallest entry of the diagonal of `L`.
+        image: `A r` of the right-hand side `r`, until the first step is over.
     """
 
     x: Tensor
@@ -74,27 +80,101 @@ class MINRESQLPState(LeastSquaresState):
     shortened: Scalar
     size: Scalar
     gamma_min: Scalar
+    image: Tensor | None = None
+
+
+@dataclass(eq=False)
+class RangeRestrictedState(LeastSquaresState):
+    """MR-II (Hanke 1995, chapter 6; Fischer, Hanke & Hochbruck 1996): `min |r - A d|` over the span of `A r, A^2 r, ...`.
+
+    The directions `w_k` span that space, and their images `u_k = A w_k` are orthonormal: Lanczos' process started with `A^2 r`,
+
+        beta_+ u_+ = A u - alpha u - beta u_-,        beta_+ w_+ = u - alpha w - beta w_-.
+
+    A step is `d += a w` with `a = u^H r`. That is `w^H s` for `s = A r`, in which, other than in `r`, the part of `r` that no
+    `d` takes away does not drown the rest.
+
+    Attributes:
+        x: the iterate.
+        s: `A (r - A x)`.
+        u, u_old: the images.
+        w, w_old: the directions.
+        beta: the newest entry beside the diagonal of the tridiagonal matrix.
+        square: that of the Frobenius norm of the tridiagonal matrix.
+    """
+
+    x: Tensor
+    s: Tensor
+    u: Tensor
+    u_old: Tensor
+    w: Tensor
+    w_old: Tensor
+    beta: Scalar
+    square: Scalar
+
+    def advance(self) -> None:
+        """One step."""
+        problem, space = self.problem, self.problem.space
+        a = space.where(self.running, space.real_dot(self.w, self.s), self.beta * 0)
+        self.x = space.axpy(a, self.w, self.x)
+        Au = problem.apply(self.u)
+        self.s = space.axpy(-a, Au, self.s)
+        p = space.xpay(Au, -self.beta, self.u_old)
+        alpha = space.real_dot(self.u, p)
+        p = space.axpy(-alpha, self.u, p)
+        w = space.axpy(-alpha, self.w, space.xpay(self.u, -self.beta, self.w_old))
+        beta_old, self.beta = self.beta, space.norm(p)
+        self.stop(Status.NONFINITE, space.nonfinite(self.beta))
+
+        self.square = self.square + beta_old * beta_old + alpha * alpha + self.beta * self.beta
+        self.norm_A = space.where(self.running, space.maximum(self.norm_A, space.sqrt(self.square)), self.norm_A)
+        residual = space.sqrt(self.residual_norm * self.residual_norm - a * a)
+        self.residual_norm = space.where(self.running, residual, self.residual_norm)
+        self.normal_norm = space.where(self.running, space.norm(self.s), self.normal_norm)
+        # what is left of s is its rounding, or the space is exhausted
+        small = self.normal_norm <= problem.rounding * self.norm_A * self.residual_norm
+        self.stop(CLAIMED, small | (self.beta <= problem.rounding * self.norm_A))
+        inverse = self.ratio(1.0, self.beta)
+        self.u_old, self.u = self.u, space.rescale(inverse, p)
+        self.w_old, self.w = self.w, space.rescale(inverse, w)
+
+
+@dataclass(eq=False)
+class MixedState(LeastSquaresState):
+    """A batch of which only some systems, the `null` ones, have a right-hand side that is nearly a null vector."""
+
+    null: Scalar
+    others: MINRESQLPState
+    restricted: RangeRestrictedState
 
 
 @names_options
 @dataclass(frozen=True)
-class MINRESQLP(Method[MINRESQLPState]):
+class MINRESQLP(Method[LeastSquaresState]):
     """MINRES-QLP (Choi, Paige & Saunders 2011; Choi & Saunders 2014, Algorithm 937).
 
     For Hermitian `A`, indefinite and singular ones included: `A^+ b`, also where `b` is outside the range. Where MINRES makes
     its subproblem `min |T y - beta e_1|` triangular by reflections from the left, `R y = t`, here reflections from the right
-    make it `L mu = t` with `y = P mu`, which has a solution of minimum norm when the last entry of `L` vanishes. Of an
-    inconsistent system rounding may leave half of the digits, because the process starts from what `A` cannot reach; LSMR finds
-    all. One product with `A` a step, and one more at the start. Storage: 6 vectors (`x`, two of Lanczos, three directions).
+    make it `L mu = t` with `y = P mu`, which has a solution of minimum norm when the last entry of `L` vanishes.
+
+    Of an inconsistent system that finds half of the digits. `T` becomes as singular as `|A r| / |r|` becomes small, and with a
+    residual rounding moves the solution of a least-squares problem by the square of the condition number (Wedin 1973). The `T`
+    of a restart would be no better, so from a residual that is nearly a null vector MR-II goes on, in the range of `A`
+    (`RangeRestrictedState`).
+
+    One product with `A` a step, and one more at the start; another where MR-II takes over, and two a step in a batch of both
+    kinds. Storage: 6 vectors (`x`, two of Lanczos, three directions; in MR-II `x`, `A r`, two images, two directions), and for
+    the first step `A r`.
     """
 
     name: ClassVar[str] = "minres_qlp"
     hermitian: ClassVar[bool] = True
     least_squares: ClassVar[bool] = True
 
-    def init(self, problem: Correction) -> MINRESQLPState:
+    def init(self, problem: Correction) -> LeastSquaresState:
         if problem.preconditioner is not None or problem.left_preconditioner is not None:
             raise ValueError("M: 'minres_qlp' takes no preconditioner; choose 'lsmr', or leave M out")
+        space = problem.space
         norm, status = initial_status(problem)
         zero = norm * 0
         row = Row(zero, zero, zero, zero)
@@ -120,7 +200,40 @@ class MINRESQLP(Method[MINRESQLPState]):
             gamma_min=zero + float("inf"),
         )
         self._look_ahead(state, norm)
+        state.image = space.axpy(state.column.left[0] * state.size, state.v, space.copy(state.p))  # alpha v + beta v_+
         return state
+
+    def _restricted(self, s: MINRESQLPState, started: Scalar, image: Tensor) -> LeastSquaresState:
+        """After the first step, which has shown the size of `A`: MR-II for the systems that began with nearly a null vector."""
+        problem, space = s.problem, s.problem.space
+        norm, zero = space.norm(image), s.beta * 0
+        null = started & (s.status != Status.NONFINITE) & (norm <= problem.epsilon**NULL_SIDE * s.size)
+        if not space.any(null):
+            return s
+        w = space.scale(space.where(null, space.ratio(1.0, norm), zero), image)
+        u = space.copy(problem.apply(w))
+        size = space.norm(u)
+        inverse = space.ratio(1.0, size)
+        restricted = RangeRestrictedState(
+            problem,
+            space.where(null, zero + 1, s.residual_norm),
+            space.where(null, RUNNING, s.status),
+            normal_norm=norm,
+            norm_A=size,
+            cond_A=zero,
+            x=zeros(w),
+            s=image,
+            u=space.rescale(inverse, u),
+            u_old=zeros(w),
+            w=space.rescale(inverse, w),
+            w_old=zeros(w),
+            beta=zero,
+            square=zero,
+        )
+        if not space.any(space.where(null, False, started)):
+            return restricted
+        mixed = MixedState(problem, s.residual_norm, restricted.status, s.normal_norm, s.norm_A, s.cond_A, null, s, restricted)
+        return self._merged(mixed)
 
     def _look_ahead(self, s: MINRESQLPState, norm_p: Scalar) -> None:
         """One step of Lanczos' process, `beta_+ v_+ = A v - alpha v - beta v_-`, and the column that it makes."""
@@ -165,9 +278,18 @@ class MINRESQLP(Method[MINRESQLPState]):
         # to go on would blow up the rounding of a null vector of A
         tiny, small = 10 * problem.rounding, problem.epsilon ** (2 / 3)
         s.stop(CLAIMED, (abs(gamma) <= tiny * s.size) | ((abs(gamma) <= small * s.size) & (abs(c) <= NULL_GAIN)))
+        s.stop(CLAIMED, normal <= HALF_OF_THE_DIGITS * problem.epsilon**0.5 * s.size * phi)
 
-    def step(self, s: MINRESQLPState) -> MINRESQLPState:
+    def step(self, s: LeastSquaresState) -> LeastSquaresState:
         space = s.problem.space
+        if isinstance(s, RangeRestrictedState):
+            s.advance()
+            return s
+        if isinstance(s, MixedState):
+            return self._step_of_both(s)
+        assert isinstance(s, MINRESQLPState)
+        started, image = s.running, s.image
+        s.image = None
         self._extend(s, s.running)
         s.residual_norm = space.where(s.running, s.column.phi, s.residual_norm)
         for row in s.column.rows:
@@ -175,8 +297,25 @@ class MINRESQLP(Method[MINRESQLPState]):
             s.gamma_min = space.where(s.running & (size > 0), -space.maximum(-s.gamma_min, -size), s.gamma_min)
         s.cond_A = space.where(s.running, space.ratio(s.size, s.gamma_min), s.cond_A)
         s.stop(CLAIMED, s.residual_norm <= s.problem.target)
-        if space.any(s.running):
+        # the loop asks whether any system of a batch runs; to ask here too, a synchronisation a step, saves one product a cycle
+        if s.running is not False:
             self._look_ahead(s, s.beta)
+        return s if image is None else self._restricted(s, started, image)
+
+    def _step_of_both(self, s: MixedState) -> MixedState:
+        """A step of either method for its systems; the others have stopped in it."""
+        space = s.problem.space
+        s.others.status = space.where(s.null, CYCLE_END, s.status)
+        s.restricted.status = space.where(s.null, s.status, CYCLE_END)
+        self.step(s.others)
+        self.step(s.restricted)
+        return self._merged(s)
+
+    def _merged(self, s: MixedState) -> MixedState:
+        """The state with the norms of either part."""
+        space = s.problem.space
+        for name in ("status", "residual_norm", "normal_norm", "norm_A", "cond_A"):
+            setattr(s, name, space.where(s.null, getattr(s.restricted, name), getattr(s.others, name)))
         return s
 
     def _extend(self, s: MINRESQLPState, running: Scalar) -> None:
@@ -200,8 +339,14 @@ class MINRESQLP(Method[MINRESQLPState]):
         s.mu = [space.where(moves, new, old) for new, old in zip(_solved(space, s.mu, rows), stays, strict=True)]
         s.x = space.axpy(s.mu[2], w_oldest, s.x)
 
-    def solution(self, s: MINRESQLPState) -> Tensor:
+    def solution(self, s: LeastSquaresState) -> Tensor:
         space = s.problem.space
+        if isinstance(s, RangeRestrictedState):
+            return s.x
+        if isinstance(s, MixedState):
+            s.others.status = space.where(s.null, CYCLE_END, s.status)
+            return select(s.null, s.restricted.x, self.solution(s.others))
+        assert isinstance(s, MINRESQLPState)
         s = replace(s, x=s.x.clone(), w_old=s.w_old.clone(), w=s.w.clone())
         self._extend(s, False)
         return space.axpy(s.mu[4], s.w, space.axpy(s.mu[3], s.w_old, s.x))
