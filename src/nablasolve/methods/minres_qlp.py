@@ -85,7 +85,7 @@ class MINRESQLPState(LeastSquaresState):
 
 @dataclass(eq=False)
 class RangeRestrictedState(LeastSquaresState):
-    """MR-II (Hanke 1995, chapter 6; Fischer, Hanke & Hochbruck 1996): `min |r - A d|` over the span of `A r, A^2 r, ...`.
+    """MR-II (Hanke 1995; Fischer, Hanke & Hochbruck 1996): `min |r - A d|` over the span of `A r, A^2 r, ...`.
 
     The directions `w_k` span that space, and their images `u_k = A w_k` are orthonormal: Lanczos' process started with `A^2 r`,
 
