@@ -80,6 +80,20 @@ def test_compiled_solves_equal_eager_ones_and_a_new_closure_compiles_nothing(met
     assert counts[0] == counts[1] == counts[2]
 
 
+def test_a_python_number_that_changes_does_not_compile_each_time() -> None:
+    W, b = problem(0)
+    half, counts = W.detach(), []
+    for k in range(1, 12):
+        shift = float(k)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ns.CompileWarning)
+            x = ns.solve(lambda v, shift=shift: half.mT @ (half @ v) + shift * v, b.detach(), method="cg", compile=True)
+        expected = torch.linalg.solve(half.mT @ half + shift * torch.eye(N, dtype=b.dtype), b.detach())
+        torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-7)
+        counts.append(compilations())
+    assert counts[-1] == counts[2]
+
+
 def test_products_of_compiled_steps_are_counted() -> None:
     W, b = problem(0)
     infos = [ns.solve_ex(definite(W), b, method="cg", compile=compile)[1] for compile in (False, True)]
@@ -130,8 +144,9 @@ def test_an_operator_that_cannot_be_compiled_says_why_and_runs_eagerly() -> None
         image = half.mT @ (half @ v)
         return image + v if image.isfinite().all() else v  # reads a number from a tensor
 
-    with pytest.warns(ns.CompileWarning, match="runs eagerly, since"):
+    with pytest.warns(ns.CompileWarning, match="runs eagerly, since") as caught:
         x = ns.solve(A, b, method="cg", compile=True)
+    assert [w.filename for w in caught if w.category is ns.CompileWarning] == [__file__]
     torch.testing.assert_close(x, ns.solve(definite_of(half), b, method="cg"), rtol=1e-6, atol=1e-7)
 
 
@@ -198,6 +213,17 @@ def test_a_rare_look_changes_nothing_but_the_products(method: str, batch_dims: i
     for one, other in zip((once[1].iterations, once[1].status), (often[1].iterations, often[1].status), strict=True):
         assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
     assert torch.as_tensor(often[1].matvecs >= once[1].matvecs).all()
+
+
+def test_a_history_and_a_callback_see_every_step_however_rarely_the_host_looks() -> None:
+    W, b = problem(0)
+    seen: list[int] = []
+    _, info = ns.solve_ex(
+        definite(W.detach()), b.detach(), method="cg", history=True, check_every=7, callback=lambda s: seen.append(s.iteration)
+    )
+    assert len(info.history) == info.iterations + 1
+    assert seen == list(range(1, info.iterations + 1))
+    assert info.iterations % 7 != 0  # else a rare look would see the end by chance
 
 
 def test_the_host_asks_once_a_check(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -344,13 +344,13 @@ def enforce(on_failure: str, phase: str, x: Any, info: SolveInfo) -> None:
         return
     text = _describe(phase, info)
     if on_failure == "warn":
-        warnings.warn(text, ConvergenceWarning, stacklevel=_outside())
+        warnings.warn(text, ConvergenceWarning, stacklevel=outside())
         return
     raise ConvergenceError(text, x, info)
 
 
-def _outside() -> int:
-    """The `stacklevel` at which a warning of `enforce` names the line that called the library, or autograd."""
+def outside() -> int:
+    """The `stacklevel` at which a warning of the function that asks names the line that called the library, or autograd."""
     within, level = (__name__.split(".")[0], "torch", "contextlib"), 2
     frame = sys._getframe(level)
     while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] in within:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import certify
 from .info import CompileWarning
 from .methods.base import Correction
 from .operands import Counted, Function, Operands, Rescaled
@@ -128,7 +129,7 @@ class Compiled:
         if isinstance(reason, Exception):
             logger.debug("compile=True", exc_info=reason)
             reason = f"{type(reason).__name__}: {str(reason).strip().partition(chr(10))[0]}"
-        warnings.warn(f"compile=True: the solve runs eagerly, since {reason}", CompileWarning, stacklevel=2)
+        warnings.warn(f"compile=True: the solve runs eagerly, since {reason}", CompileWarning, stacklevel=certify.outside())
 
 
 @contextlib.contextmanager
@@ -148,7 +149,7 @@ def _compiled(step: Step, key: Hashable) -> Step:
     """The step compiled, of its own for each key: torch bounds how often the code of *one* function is compiled."""
     code = step.__code__.replace(co_name=f"{step.__name__}_{abs(hash(key))}")
     own = types.FunctionType(code, step.__globals__, code.co_name, step.__defaults__, step.__closure__)
-    compiled: Step = torch.compile(own, fullgraph=True, dynamic=False)
+    compiled: Step = torch.compile(own, fullgraph=True)
     return compiled
 
 

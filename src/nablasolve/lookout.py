@@ -36,10 +36,11 @@ class Lookout:
             return True
         if not self.late:
             return space.any(running)
-        before, answer = self.asked, torch.empty((), dtype=torch.bool, pin_memory=True)
-        answer.copy_(running.any(), non_blocking=True)
+        before, any_runs = self.asked, running.any()
+        answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+        answer.copy_(any_runs, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(any_runs.device))
         self.asked = answer, event
         if before is None:
             return True

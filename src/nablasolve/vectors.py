@@ -376,7 +376,7 @@ def any_true(condition: Tensor | bool) -> bool:
     """Whether any element is true; a synchronisation of the host with the device."""
     if not isinstance(condition, Tensor):
         return bool(condition)
-    if torch._C._functorch.is_legacy_batchedtensor(condition):  # the older vmap of is_grads_batched=True
+    if _functorch.is_legacy_batchedtensor(condition):  # the older vmap of is_grads_batched=True
         torch._C._vmapmode_increment_nesting()
         condition = torch._remove_batch_dim(condition, torch._C._vmapmode_decrement_nesting(), 0, 0)
     return bool(_Any.apply(condition))
