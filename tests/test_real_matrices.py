@@ -13,6 +13,7 @@ import scipy.io
 import scipy.sparse
 import scipy.sparse.linalg
 import torch
+from counts import DRAWS, hold
 from torch import Tensor
 
 import nablasolve as ns
@@ -28,6 +29,7 @@ METHODS = {"spd": HERMITIAN, "sym": HERMITIAN, "symindef": ("minres",), "syminde
 RTOL = 1e-6
 MAXITER = 200
 RESTART = 20
+MORE = 2  # the certificate, and the run that finds what A depends on
 DENSE_LIMIT = 1300  # the largest order that the direct method is tried on
 
 
@@ -44,14 +46,18 @@ def load(name: str) -> tuple[scipy.sparse.csr_array, np.ndarray]:
     return A, A @ x
 
 
+def tensor(A: scipy.sparse.csr_array) -> Tensor:
+    indices = (torch.from_numpy(part.astype(np.int64)) for part in (A.indptr, A.indices))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its sparse layout a beta feature
+        return torch.sparse_csr_tensor(*indices, torch.from_numpy(A.data), A.shape)
+
+
 @functools.cache
 def tensors(name: str) -> tuple[Tensor, Tensor]:
     """The matrix as a sparse Tensor, and the right-hand side."""
     A, b = load(name)
-    indices = (torch.from_numpy(part.astype(np.int64)) for part in (A.indptr, A.indices))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls its sparse layout a beta feature
-        return torch.sparse_csr_tensor(*indices, torch.from_numpy(A.data), A.shape), torch.from_numpy(b)
+    return tensor(A), torch.from_numpy(b)
 
 
 def jacobi(A: scipy.sparse.csr_array, hermitian: bool) -> np.ndarray:
@@ -65,8 +71,8 @@ def relative_residual(A: scipy.sparse.csr_array, x: np.ndarray, b: np.ndarray) -
     return float(np.linalg.norm(b - A @ x) / np.linalg.norm(b))
 
 
-def scipy_solution(method: str, A, b: np.ndarray, scaling: np.ndarray | None) -> tuple[int, float]:
-    """The products that SciPy spends, and the true relative residual that it reaches."""
+def scipy_solution(method: str, A, b: np.ndarray, scaling: np.ndarray | None) -> float:
+    """The products that SciPy spends: infinitely many where the true relative residual stays above the tolerance."""
     if method == "minres" and np.iscomplexobj(A):  # the real equations of twice the size have the same iterates
         A = scipy.sparse.csr_array(scipy.sparse.block_array([[A.real, -A.imag], [A.imag, A.real]]))
         b, scaling = np.concatenate([b.real, b.imag]), None if scaling is None else np.concatenate([scaling.real] * 2)
@@ -80,11 +86,14 @@ def scipy_solution(method: str, A, b: np.ndarray, scaling: np.ndarray | None) ->
     def operator(function) -> scipy.sparse.linalg.LinearOperator:
         return scipy.sparse.linalg.LinearOperator((n, n), matvec=function, dtype=A.dtype)
 
+    def spent(x: np.ndarray) -> float:
+        return count if relative_residual(A, x, b) <= RTOL else np.inf
+
     M = None if scaling is None else operator(lambda r: scaling * r)
     if method == "gmres":  # preconditioned on the right, as ours is
         right = product if scaling is None else (lambda v: product(scaling * v))
         u, _ = scipy.sparse.linalg.gmres(operator(right), b, rtol=RTOL, restart=RESTART, maxiter=MAXITER // RESTART)
-        return count, relative_residual(A, u if scaling is None else scaling * u, b)
+        return spent(u if scaling is None else scaling * u)
     if method == "minres":  # its own test is another one, so that we watch the residual
 
         class Reached(Exception):
@@ -97,17 +106,10 @@ def scipy_solution(method: str, A, b: np.ndarray, scaling: np.ndarray | None) ->
         try:
             scipy.sparse.linalg.minres(operator(product), b, rtol=1e-300, maxiter=MAXITER, M=M, callback=watch)
         except Reached:
-            return count, RTOL
-        return count, np.inf
+            return count
+        return np.inf
     x, _ = getattr(scipy.sparse.linalg, method)(operator(product), b, rtol=RTOL, maxiter=MAXITER, M=M)
-    return count, relative_residual(A, x, b)
-
-
-def scipy_with_other_roundings(method: str, A, b: np.ndarray, scaling: np.ndarray | None):
-    """The same for the equations in another order, whose iterates differ by rounding alone."""
-    for seed in range(4):
-        order = np.random.default_rng(seed).permutation(len(b))
-        yield scipy_solution(method, A[order][:, order], b[order], None if scaling is None else scaling[order])
+    return spent(x)
 
 
 def check_record(A, x: Tensor, b: np.ndarray, info: ns.SolveInfo, rtol: float) -> None:
@@ -130,12 +132,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "method", "scaled"), CASES, ids=lambda part: {True: "jacobi", False: "plain"}.get(part, part))
-def test_the_outcome_is_honest_and_no_worse_than_that_of_scipy(name, method, scaled):
-    A, b = load(name)
-    S, right = tensors(name)
-    scaling = jacobi(A, method in HERMITIAN) if scaled else None
-    diagonal = None if scaling is None else torch.from_numpy(scaling)
+def check_solution(method: str, A, b: np.ndarray, scaling: np.ndarray | None) -> float:
+    """Solve, check the record, and return the products that were spent: infinitely many where the solve failed."""
+    S, diagonal = tensor(A), None if scaling is None else torch.from_numpy(scaling)
     count = 0
 
     def apply(v: Tensor) -> Tensor:
@@ -145,18 +144,25 @@ def test_the_outcome_is_honest_and_no_worse_than_that_of_scipy(name, method, sca
 
     option = ns.GMRES(restart=RESTART) if method == "gmres" else method
     M = None if diagonal is None else lambda r: diagonal * r
-    x, info = ns.solve_ex(apply, right, method=option, rtol=RTOL, maxiter=MAXITER, M=M)
+    x, info = ns.solve_ex(apply, torch.from_numpy(b), method=option, rtol=RTOL, maxiter=MAXITER, M=M)
     check_record(A, x, b, info, RTOL)
     assert info.matvecs == count
+    return count if info.converged else np.inf
 
-    limit, residual = scipy_solution(method, A, b, scaling)
-    if residual <= RTOL and not (info.converged and count <= limit + 2):
-        # long recurrences amplify rounding: SciPy itself needs a few products more or less for the same equations in
-        # another order. The worst of these is the measure then, and two in a hundred more are still rounding
-        others = list(scipy_with_other_roundings(method, A, b, scaling))
-        if all(other <= RTOL for _, other in others):
-            assert info.converged
-            assert count <= 1.02 * max(limit, *(spent for spent, _ in others)) + 2
+
+@pytest.mark.parametrize(("name", "method", "scaled"), CASES, ids=lambda part: {True: "jacobi", False: "plain"}.get(part, part))
+def test_the_outcome_is_honest_and_no_worse_than_that_of_scipy(name, method, scaled):
+    A, b = load(name)
+    scaling = jacobi(A, method in HERMITIAN) if scaled else None
+    ours, theirs = [check_solution(method, A, b, scaling)], [scipy_solution(method, A, b, scaling)]
+    if ours[0] > theirs[0] + MORE:  # by rounding? For the equations in another order the iterates differ by nothing else
+        for seed in range(1, DRAWS):
+            order = np.random.default_rng(seed).permutation(len(b))
+            system = A[order][:, order], b[order], None if scaling is None else scaling[order]
+            ours.append(check_solution(method, *system))
+            theirs.append(scipy_solution(method, *system))
+        if np.isfinite(theirs).all():
+            hold(ours, theirs, MORE)
 
 
 @pytest.mark.parametrize("name", [name for name, entry in INDEX.items() if entry["n"] <= DENSE_LIMIT])
