@@ -13,6 +13,7 @@ import scipy.io
 import scipy.sparse
 import scipy.sparse.linalg
 import torch
+from counts import DRAWS, hold
 from torch import Tensor
 
 import nablasolve as ns
@@ -27,6 +28,7 @@ RECTANGULAR = [name for name, entry in INDEX.items() if entry["m"] != entry["n"]
 CLASSES = ("spd", "sym", "symindef", "symindef(saddle)")
 HERMITIAN = [name for name, entry in INDEX.items() if entry["klass"] in CLASSES and entry["n"] <= 1000]
 TOLERANCE = 1e-8  # SciPy's atol and btol, and our default
+LIMIT = 20  # the most steps, in multiples of the longer side
 ROUNDING = 1e-6  # of a residual norm at its minimum
 DENSE_LIMIT = 500  # the largest rank that the singular value decomposition is tried on
 
@@ -45,14 +47,18 @@ def load(name: str) -> tuple[scipy.sparse.csr_array, np.ndarray]:
     return A, A @ random.standard_normal(A.shape[1]).astype(A.dtype)
 
 
+def tensor(A: scipy.sparse.csr_array) -> Tensor:
+    indices = (torch.from_numpy(part.astype(np.int64)) for part in (A.indptr, A.indices))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its sparse layout a beta feature
+        return torch.sparse_csr_tensor(*indices, torch.from_numpy(A.data), A.shape)
+
+
 @functools.cache
 def tensors(name: str) -> tuple[Tensor, Tensor]:
     """The matrix as a sparse Tensor, and the right-hand side."""
     A, b = load(name)
-    indices = (torch.from_numpy(part.astype(np.int64)) for part in (A.indptr, A.indices))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls its sparse layout a beta feature
-        return torch.sparse_csr_tensor(*indices, torch.from_numpy(A.data), A.shape), torch.from_numpy(b)
+    return tensor(A), torch.from_numpy(b)
 
 
 @functools.cache
@@ -89,16 +95,25 @@ def check_record(name: str, x: Tensor, info: ns.SolveInfo, rtol: float) -> None:
 def scipy_solution(method: str, A: scipy.sparse.csr_array, b: np.ndarray, damp: float) -> tuple[int, float, float]:
     """SciPy's steps, and its `|r|` and `|A^H r|`; of LSQR also for CGLS, which has the same iterates."""
     solve, limit = (scipy.sparse.linalg.lsmr, "maxiter") if method == "lsmr" else (scipy.sparse.linalg.lsqr, "iter_lim")
-    options = {"damp": damp, "atol": TOLERANCE, "btol": TOLERANCE, "conlim": 0.0, limit: 20 * max(A.shape)}
+    options = {"damp": damp, "atol": TOLERANCE, "btol": TOLERANCE, "conlim": 0.0, limit: LIMIT * max(A.shape)}
     x, _, steps, *_ = solve(A, b, **options)
     return steps, *norms(A, x, b, damp)
 
 
-def scipy_with_other_roundings(method: str, A: scipy.sparse.csr_array, b: np.ndarray, damp: float):
-    """The same with rows and columns in another order, for which the iterates differ by rounding alone."""
-    for seed in range(4):
+def hold_the_steps(method: str, A: scipy.sparse.csr_array, b: np.ndarray, damp: float) -> None:
+    """Compare how many steps both take until they stop, with rows and columns in several orders.
+
+    Long recurrences amplify rounding, and the iterates for the same problem in another order differ by nothing else.
+    """
+    ours, theirs = np.empty(DRAWS), np.empty(DRAWS)
+    for seed in range(DRAWS):
         rows, columns = (np.random.default_rng(seed).permutation(n) for n in A.shape)
-        yield scipy_solution(method, A[rows][:, columns], b[rows], damp)
+        system = A[rows][:, columns], b[rows]
+        theirs[seed] = scipy_solution(method, *system, damp)[0]
+        S, right = tensor(system[0]), torch.from_numpy(system[1])
+        _, info = ns.lstsq_ex(S, right, damp=damp, method=method, rtol=TOLERANCE, maxiter=LIMIT * max(A.shape))
+        ours[seed] = info.iterations if info.converged else np.inf
+    hold(ours, theirs, 5)
 
 
 @pytest.mark.parametrize("damp", [0.0, 0.1])
@@ -114,16 +129,12 @@ def test_the_residuals_are_those_of_scipy_or_better(name, method, damp):
     if info.status is Status.CONVERGED:  # where both are at the tolerance, rounding decides
         assert r <= TOLERANCE * np.linalg.norm(b) * (1 + ROUNDING)
         return
-    assert r <= r_scipy * (1 + ROUNDING)
     if info.status is Status.LEAST_SQUARES:
+        assert r <= r_scipy * (1 + ROUNDING)
         assert Ar <= TOLERANCE * info.norm_A * r * (1 + ROUNDING)
-    elif method == "lsmr" and Ar > Ar_scipy:  # the others let |r| fall in every step, and |A^H r| go up and down
-        # long recurrences amplify rounding: SciPy itself needs a few steps more or less for the same problem in another order.
-        # The worst of these is the measure then, and two in a hundred more are still rounding
-        others = list(scipy_with_other_roundings(method, A, b, damp))
-        limit, target = max(spent for spent, *_ in others), max(reached for *_, reached in others)
-        x, _ = ns.lstsq_ex(S, right, damp=damp, method=method, rtol=TOLERANCE, maxiter=int(1.02 * limit) + 2)
-        assert norms(A, x.numpy(), b, damp)[1] <= target * (1 + ROUNDING)
+    # in LSQR and CGLS |r| falls in every step, and |A^H r| goes up and down
+    elif r > r_scipy * (1 + ROUNDING) or (method == "lsmr" and Ar > Ar_scipy):
+        hold_the_steps(method, A, b, damp)
 
 
 @pytest.mark.parametrize("method", [None, "lsqr", "cgls"])
