@@ -13,20 +13,26 @@ from ..info import Status
 from ..vectors import Basis, Scalar
 from .base import CYCLE_END, Correction, Method, State, initial_status, positive_integer, zeros
 
-# After projecting, a vector that lost more than this part of its norm is projected once more
-# ("twice is enough": Daniel, Gragg, Kaufman & Stewart 1976; Giraud et al. 2005).
-REORTHOGONALISE_BELOW = 0.7071
-
+# A vector of norm `before`, of which one projection has left `below`, keeps a part in the basis: what rounding and the basis'
+# own loss of orthogonality put there, times before / below. A second projection removes it ("twice is enough": Daniel, Gragg,
+# Kaufman & Stewart 1976; Giraud et al. 2005). It is made where the first has cancelled a digit, or where that part may exceed
+# this power of the precision. GMRES needs a basis that is well conditioned, not one that is orthogonal to the last digit
+# (Paige, Rozloznik & Strakos 2006).
+CANCELLED, ORTHOGONAL = 0.1, 0.5
 
 @dataclass(eq=False)
 class GMRESState(State):
-    """The Arnoldi basis, the triangular factor `R` by columns, the rotations and the rotated right-hand side `g`."""
+    """The Arnoldi basis, the triangular factor `R` by columns, the rotations and the rotated right-hand side `g`.
+
+    `loss` bounds the part of a basis vector in the span of those before it.
+    """
 
     basis: Basis
     R: list[list[Scalar]]
     rotations: list[tuple[Scalar, Scalar]]
     g: list[Scalar]
     norm_A: Scalar
+    loss: Scalar
 
 
 @names_options
@@ -35,8 +41,8 @@ class GMRES(Method[GMRESState]):
     """GMRES(restart) (Saad & Schultz 1986; Saad 2003, Algorithm 9.5), preconditioned on the right.
 
     For any square `A`. One product with `A` and one with `M` a step, one more of each at a restart; the residual norm is
-    the true one, whatever `M`. Classical Gram-Schmidt, with a second pass where the first one cancels. Storage:
-    `restart + 4` vectors beside `b`, those that `A` and `M` return included: the basis, the residual and two more.
+    the true one, whatever `M`. Classical Gram-Schmidt, with a second pass where the first one cancels or has left too much.
+    Storage: `restart + 4` vectors beside `b`, those that `A` and `M` return included: the basis, the residual and two more.
 
     Args:
         restart: the number of steps after which the method restarts from the true residual; at least 1.
@@ -54,7 +60,7 @@ class GMRES(Method[GMRESState]):
         width = math.prod(problem.rhs.shape[problem.space.batch_dims :])
         capacity = max(1, min(self.restart, width, problem.steps)) + 1
         basis = Basis(problem.space, problem.rhs, capacity, problem.space.ratio(1.0, norm))
-        return GMRESState(problem, norm, status, basis, R=[], rotations=[], g=[norm], norm_A=norm * 0)
+        return GMRESState(problem, norm, status, basis, R=[], rotations=[], g=[norm], norm_A=norm * 0, loss=norm * 0)
 
     def step(self, s: GMRESState) -> GMRESState:
         problem, space, basis = s.problem, s.problem.space, s.basis
@@ -66,10 +72,13 @@ class GMRES(Method[GMRESState]):
         w = basis.subtract(w, h)
         below = space.norm(w)
         before = space.sqrt(below * below + sum(space.abs2(a) for a in space.unstack(h)))
-        if space.batch_dims or space.may(below < REORTHOGONALISE_BELOW * before):
+        loss = (s.loss + problem.epsilon) * space.ratio(before, below)
+        if space.batch_dims or space.may((below < CANCELLED * before) | (loss > problem.epsilon**ORTHOGONAL)):
             again = basis.project(w)
             w, h = basis.subtract(w, again), h + again
             below = space.norm(w)
+        else:
+            s.loss = space.maximum(s.loss, loss)
         s.norm_A = space.maximum(s.norm_A, before)
         # what rounding leaves of a vector that lay in the basis is nothing: a happy breakdown
         below = space.where(below <= problem.rounding * before, below * 0, below)
