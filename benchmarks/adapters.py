@@ -27,15 +27,15 @@ class Floor(Adapter):
     def supports(self, workload: Workload) -> bool:
         return True
 
-    def product(self, A: Product) -> Product:
-        """What the loop calls for A."""
-        return A
+    def products(self, w: Workload, theta: Tensor) -> tuple[Product, Product]:
+        """What the loop calls for A and for its transpose."""
+        return w.operator(theta), w.transposed(theta)
 
     def pose(self, workload: Workload, request: Request) -> Posed:
         w, rtol, maxiter, steps = workload, request.rtol, request.maxiter, [0]
 
         def solve(A: Product, b: Tensor, x0: Tensor | None = None) -> Tensor:
-            A = request.count(self.product(A))
+            A = request.count(A)
             if w.batch_dims:
                 return floor.batched_cg(A, b, rtol, maxiter)
             if w.method == "gmres":
@@ -45,14 +45,14 @@ class Floor(Adapter):
             return floor.cg(A, b, rtol, maxiter, x0)
 
         def least(theta: Tensor, b: Tensor) -> Tensor:
-            A, AT = (request.count(self.product(f)) for f in (w.operator(theta), w.transposed(theta)))
+            A, AT = (request.count(f) for f in self.products(w, theta))
             return floor.cgls(A, AT, b, w.damp, rtol, maxiter)
 
         @torch.no_grad()
         def forward(theta: Tensor, b: Tensor) -> Tensor:
             if w.method == "direct":
                 return torch.linalg.solve(theta, b)
-            x = least(theta, b) if w.least_squares else solve(w.operator(theta), b)
+            x = least(theta, b) if w.least_squares else solve(self.products(w, theta)[0], b)
             steps[0] = floor.iterations(w.method, request.counted)
             return x
 
@@ -64,14 +64,15 @@ class Floor(Adapter):
                 adjoint = torch.linalg.lu_solve(LU, pivots, c[..., None], adjoint=True)[..., 0]
                 return x, -adjoint[..., None] * x[..., None, :], adjoint
             if w.least_squares:
-                x, A, AT = least(theta, b), w.operator(theta), w.transposed(theta)
+                x, (A, AT) = least(theta, b), self.products(w, theta)
                 steps[0] = floor.iterations(w.method, request.counted)
                 s = solve(lambda v: AT(A(v)).add_(v, alpha=w.damp**2), c)
                 Ax, As = A(x), A(s)
                 return x, w.pullback(theta, b - Ax, s) - w.pullback(theta, As, x), As
-            x = solve(w.operator(theta), b, x0)
+            A, AT = self.products(w, theta)
+            x = solve(A, b, x0)
             steps[0] = floor.iterations(w.method, request.counted)
-            adjoint = solve(w.transposed(theta), c)
+            adjoint = solve(AT, c)
             return x, w.pullback(theta, adjoint, x).neg_(), adjoint
 
         return Posed(forward, gradient, guessed=gradient, products=request.products, iterations=lambda: steps[0] or None)
@@ -85,12 +86,11 @@ class FloorCompiled(Floor):
     note = "the hand-written loop, eager, with a product that `torch.compile` has compiled"
 
     def supports(self, workload: Workload) -> bool:
-        matrix = workload.matrix(workload.theta)
-        return workload.method != "direct" and (matrix is None or matrix.layout == torch.strided)
+        return workload.method != "direct"
 
-    def product(self, A: Product) -> Product:
+    def products(self, w: Workload, theta: Tensor) -> tuple[Product, Product]:
         # every closure of the same code is served by what was compiled for the first
-        return torch.compile(A)
+        return torch.compile(w.fused(theta)), torch.compile(w.fused_transposed(theta))
 
 
 class Nablasolve(Adapter):
@@ -105,6 +105,14 @@ class Nablasolve(Adapter):
     def supports(self, workload: Workload) -> bool:
         return True
 
+    def matrix(self, w: Workload, theta: Tensor) -> Tensor | None:
+        """The tensor that it is given for A, where it is given one."""
+        return w.matrix(theta)
+
+    def products(self, w: Workload, theta: Tensor) -> tuple[Product, Product | None]:
+        """Else the product with A, and that with the transpose, which the floor has as well, where it is another one."""
+        return w.operator(theta), None if w.hermitian else w.transposed(theta)
+
     def pose(self, workload: Workload, request: Request) -> Posed:
         import nablasolve as ns
 
@@ -113,31 +121,36 @@ class Nablasolve(Adapter):
         options: dict[str, Any] = dict(rtol=request.rtol, maxiter=request.maxiter)
         if w.method == "direct":
             options = dict(rtol=request.rtol)
+        if w.least_squares:  # else as tight as it can be had, since it needs a pseudo-inverse
+            options["adjoint"] = dict(rtol=request.rtol)
         options.update(self.extra)
         # a count that is set ends before any tolerance
         options["on_failure"] = "raise" if request.rtol else "ignore"
 
-        def solve(theta: Tensor, A: Any, b: Tensor, **more: Any) -> Tensor:
+        def solve(theta: Tensor, A: Tensor | None, b: Tensor, **more: Any) -> Tensor:
+            operator: Any = A
+            if A is None:
+                operator, transposed = self.products(w, theta)
+                if not w.hermitian:
+                    operator = ns.LinearOperator(operator, adjoint=transposed, domain=w.cotangent, codomain=w.b)
             if w.least_squares:
-                A = ns.LinearOperator(w.operator(theta), adjoint=w.transposed(theta), domain=w.cotangent, codomain=w.b)
-                x, info = ns.lstsq_ex(A, b, damp=w.damp, method=self.least_squares_method, **options, **more)
+                x, info = ns.lstsq_ex(operator, b, damp=w.damp, method=self.least_squares_method, **options, **more)
             else:
-                x, info = ns.solve_ex(A, b, method=method, **options, **more)
+                x, info = ns.solve_ex(operator, b, method=method, **options, **more)
             if request.rtol and not torch.as_tensor(info.converged).all():
                 raise RuntimeError(repr(info))
             latest[:] = [info]
             return x
 
         def forward(theta: Tensor, b: Tensor) -> Tensor:
-            A = w.matrix(theta)
-            return solve(theta, w.operator(theta) if A is None else A, b)
+            return solve(theta, self.matrix(w, theta), b)
 
         def gradient(theta: Tensor, b: Tensor, c: Tensor, x0: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
             theta, b = theta.detach().requires_grad_(), b.detach().requires_grad_()
             more = {} if x0 is None else {"x0": x0}
-            A = w.matrix(theta.detach())
+            A = self.matrix(w, theta.detach())
             if A is None:
-                x = solve(theta, w.operator(theta), b, **more)
+                x = solve(theta, None, b, **more)
                 return x.detach(), *torch.autograd.grad(x, (theta, b), c)
             A = A.detach().requires_grad_()
             x = solve(theta, A, b, **more)
@@ -164,6 +177,19 @@ class NablasolveLSMR(Nablasolve):
         return workload.least_squares
 
 
+class NablasolveAutograd(Nablasolve):
+    """This library with the product alone: it derives the adjoint."""
+
+    name = "nablasolve-autograd"
+    note = "given the product alone, of which it derives the adjoint; `nablasolve` has the transpose by hand, as the floor"
+
+    def supports(self, workload: Workload) -> bool:
+        return not workload.hermitian
+
+    def products(self, w: Workload, theta: Tensor) -> tuple[Product, Product | None]:
+        return w.operator(theta), None
+
+
 def lacks_keyword(name: str) -> str | None:
     """Why this library cannot be asked for something by a keyword of `solve`; None if it can."""
     import nablasolve as ns
@@ -185,6 +211,13 @@ class NablasolveCompiled(Nablasolve):
 
     def supports(self, workload: Workload) -> bool:
         return workload.method != "direct"
+
+    def matrix(self, w: Workload, theta: Tensor) -> Tensor | None:
+        A = super().matrix(w, theta)
+        return None if A is None or A.layout != torch.strided else A  # sparse products cannot be compiled
+
+    def products(self, w: Workload, theta: Tensor) -> tuple[Product, Product | None]:
+        return w.fused(theta), None if w.hermitian else w.fused_transposed(theta)
 
 
 class SciPy(Adapter):
@@ -382,7 +415,7 @@ class Lineax(JaxSciPy):
 ADAPTERS: Mapping[str, Adapter] = {
     adapter.name: adapter
     for adapter in (
-        Floor(), FloorCompiled(), Nablasolve(), NablasolveCompiled(), NablasolveLSMR(), SciPy(), JaxSciPy(), Lineax(),
+        Floor(), FloorCompiled(), Nablasolve(), NablasolveCompiled(), NablasolveAutograd(), NablasolveLSMR(), SciPy(), JaxSciPy(), Lineax(),
         DeepInverse(), DProx(), LinearOperatorLibrary(), XiTorch(), CoLA(), SparseGradUtils(),
     )
 }  # fmt: skip

@@ -79,6 +79,14 @@ class Workload(ABC):
         """`v -> A(theta)^T v`, written by hand."""
         return self.operator(theta)
 
+    def fused(self, theta: Tensor) -> Product:
+        """`operator`, in the form that `torch.compile` makes the most of: pads and slices, no writes to parts of tensors."""
+        return self.operator(theta)
+
+    def fused_transposed(self, theta: Tensor) -> Product:
+        """`transposed`, in that form."""
+        return self.fused(theta) if self.hermitian else self.transposed(theta)
+
     def matrix(self, theta: Tensor) -> Tensor | None:
         """The tensor that holds `A(theta)`, where a user of torch would give that instead."""
         return None
@@ -164,6 +172,16 @@ class Diffusion(Workload):
             out[:, 1:] += flux_right
             out[:, :-1] -= flux_right
             return out
+
+        return A
+
+    def fused(self, theta: Tensor) -> Product:
+        down, right = (theta[1:] + theta[:-1]) / 2, (theta[:, 1:] + theta[:, :-1]) / 2
+
+        def A(v: Tensor) -> Tensor:
+            flux_down = torch.nn.functional.pad(down * (v[1:] - v[:-1]), (0, 0, 1, 1))
+            flux_right = torch.nn.functional.pad(right * (v[:, 1:] - v[:, :-1]), (1, 1))
+            return self.shift * v + flux_down[:-1] - flux_down[1:] + flux_right[:, :-1] - flux_right[:, 1:]
 
         return A
 
@@ -356,6 +374,26 @@ class ConvectionDiffusion(Workload):
 
         return AT
 
+    def fused(self, theta: Tensor) -> Product:
+        up, down, left, right = -1 - theta[0] / 2, -1 + theta[0] / 2, -1 - theta[1] / 2, -1 + theta[1] / 2
+
+        def A(v: Tensor) -> Tensor:
+            p = torch.nn.functional.pad(v, (1, 1, 1, 1))
+            rows, columns = up * p[:-2, 1:-1] + down * p[2:, 1:-1], left * p[1:-1, :-2] + right * p[1:-1, 2:]
+            return (4 + self.shift) * v + rows + columns
+
+        return A
+
+    def fused_transposed(self, theta: Tensor) -> Product:
+        up, down, left, right = -1 - theta[0] / 2, -1 + theta[0] / 2, -1 - theta[1] / 2, -1 + theta[1] / 2
+
+        def AT(v: Tensor) -> Tensor:
+            up_, down_ = (torch.nn.functional.pad(c * v, (0, 0, 1, 1)) for c in (up, down))
+            left_, right_ = (torch.nn.functional.pad(c * v, (1, 1)) for c in (left, right))
+            return (4 + self.shift) * v + up_[2:] + down_[:-2] + left_[:, 2:] + right_[:, :-2]
+
+        return AT
+
     def numpy_operator(self, theta: np.ndarray) -> tuple[Product, Product]:
         shape = theta.shape[1:]
         up, down, left, right = -1 - theta[0] / 2, -1 + theta[0] / 2, -1 - theta[1] / 2, -1 + theta[1] / 2
@@ -489,6 +527,15 @@ class SparseGrid(Workload):
     def recorded(self, theta: Tensor) -> Product:
         _, columns, rows = self.torch_pattern
         return lambda v: torch.zeros_like(v).index_add(0, rows, theta * v[columns])
+
+    def fused(self, theta: Tensor) -> Product:
+        indptr, columns, rows = self.torch_pattern
+        place = torch.arange(len(rows)) - indptr[rows]
+        # as many places in each row as the longest has, the same for all of them
+        width = int(place.max()) + 1
+        index = torch.zeros(len(self.b), width, dtype=torch.int64).index_put((rows, place), columns)
+        values = theta.new_zeros(len(self.b), width).index_put((rows, place), theta)
+        return lambda v: (values * v[index]).sum(-1)
 
     def pullback(self, theta: Tensor, w: Tensor, x: Tensor) -> Tensor:
         _, columns, rows = self.torch_pattern
