@@ -479,6 +479,35 @@ def test_a_callback_stops_a_direct_solve_for_good_and_the_history_is_whole():
     assert len(info.history) == info.iterations + 1
 
 
+@pytest.mark.parametrize("method", ["direct", "qr", "svd"])
+def test_the_history_of_a_direct_solve_is_of_recomputed_residuals(method):
+    A, b = draw(30, 30), draw(30)
+    x, info = ns.solve_ex(A, b, method=method, history=True)
+    assert len(info.history) == 2
+    assert info.history[0].item() == pytest.approx(b.norm().item())
+    assert info.history[1].item() == pytest.approx(info.residual_norm)
+    assert info.residual_norm == pytest.approx((b - A @ x).norm().item(), rel=1e-3)
+    assert info.matvecs <= 2  # one for the certificate, and one that finds what A depends on
+
+
+@pytest.mark.parametrize("method", ["cg", "bicgstab", "direct"])
+def test_a_callback_that_stops_where_the_method_claims_to_be_done_is_heard(method):
+    """The claim may be false, and another cycle would follow."""
+    Q = torch.linalg.qr(draw(12, 12))[0]
+    A, b = (Q * torch.logspace(0, -4, 12, dtype=F64)) @ Q.mT, draw(12)
+    seen: list[int] = []
+
+    def at(step: int):
+        seen.clear()
+        return lambda state: seen.append(state.iteration) or state.iteration >= step
+
+    options = dict(method=method, rtol=1e-14, maxiter=2000)
+    ns.solve_ex(A, b, **options, callback=at(2001))
+    for step in range(1, len(seen) + 1):
+        ns.solve_ex(A, b, **options, callback=at(step))
+        assert seen == list(range(1, step + 1))
+
+
 def test_a_krylov_method_that_goes_on_does_not_begin_at_an_exploded_iterate():
     F = ns.FiniteDifference(8, kind="central", dtype=F64)
     b = F.gram()(draw(8))

@@ -157,7 +157,7 @@ def run(
     rescaled = Rescaled(A, operands.adjoint, space) if M is None and not method.direct else None
     step = Compiled(_step, operands, rescaled) if problem.compile else _step
     limit = space.full(options.maxiter, b)
-    first_cycle, direction, ended = True, None, status
+    first_cycle, asked, direction, ended = True, False, None, status
     hermitian = problem.hermitian or method.hermitian
     norm_s = norm_A = cond_A = torch.zeros_like(norm_r)
     q: Tensor | None = None
@@ -201,8 +201,9 @@ def run(
         while lookout.sees(space, state.running, steps):
             state, iterations = step(method, state, normal, iterations, limit)
             steps += 1
-            if watch.wanted and watch.stops(state.residual_norm, scale, running, norm_r):
+            if watch.wanted and not method.direct and watch.stops(state.residual_norm, scale, running, norm_r):
                 state.stop(Status.STOPPED, state.running)
+                asked = True
             if hermitian and steps == milestone:
                 if space.any(state.running & (state.residual_norm > certify.WORTHWHILE_GAIN * reached)):
                     with torch.no_grad():
@@ -233,6 +234,10 @@ def run(
             r_new, norm_new = select(~refused, r_new, r), torch.where(refused, norm_r, norm_new)
         if normals is not None:
             norm_s = torch.where(refused, torch.where(running, normals.before, norm_s), normals.after)
+        if watch.wanted and method.direct:  # which has no residual of its own
+            asked = watch.stops(norm_new, torch.ones_like(scale), running, norm_r)
+        # another cycle from the same residual would do the same again
+        code = torch.where((code == RUNNING) & (refused | asked), int(Status.STOPPED if asked else Status.STAGNATED), code)
         if dq is not None:
             dq = select(~refused, times(scale, dq if rescaled is None else rescaled.restore(rescaled.restore(dq))))
             q = dq if q is None else q + dq

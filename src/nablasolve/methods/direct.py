@@ -11,22 +11,21 @@ from torch import Tensor
 from ..arguments import names_options
 from ..info import Status
 from ..vectors import accumulator_dtype
-from .base import Correction, Method, State, initial_status, zeros
+from .base import CLAIMED, Correction, Method, State, initial_status, zeros
 
 
 @dataclass(eq=False)
 class DirectState(State):
-    """The factor, the residual of the refinement and the iterate."""
+    """The factor and the solution."""
 
     x: Tensor
-    r: Tensor
     factor: tuple[Tensor, ...]
 
 
 @names_options
 @dataclass(frozen=True)
 class Direct(Method[DirectState]):
-    """LU (or Cholesky) factorisation of a dense matrix, with steps of iterative refinement where they are needed.
+    """LU (or Cholesky) factorisation of a dense matrix, refined from the recomputed residual where that is needed.
 
     The factor is computed once and serves the adjoint solve and every higher derivative (Golub & Van Loan 2013, §3.2,
     §4.2; refinement §3.5.3). An operator whose structure allows it (diagonal, banded, Kronecker, circulant, ...) solves by its
@@ -43,28 +42,22 @@ class Direct(Method[DirectState]):
     def init(self, problem: Correction) -> DirectState:
         norm, status = initial_status(problem)
         if problem.inverse is not None:
-            return DirectState(problem, norm, status, x=zeros(problem.rhs), r=problem.rhs, factor=())
+            return DirectState(problem, norm, status, x=zeros(problem.rhs), factor=())
         if problem.matrix is None:
             raise ValueError("method: 'direct' needs A as a dense Tensor (A.to_dense() builds one), got a function")
         factor = problem.kept or factorise(problem.matrix, self.positive_definite_matrix)
-        state = DirectState(problem, norm, status, x=zeros(problem.rhs), r=problem.rhs, factor=factor)
+        state = DirectState(problem, norm, status, x=zeros(problem.rhs), factor=factor)
         singular = factor[-1].expand(problem.rhs.shape[: problem.space.batch_dims]) != 0
         failed = singular if isinstance(norm, Tensor) else bool(singular)  # as the space holds its scalars
         state.stop(Status.INDEFINITE if self.positive_definite_matrix else Status.BREAKDOWN, failed)
         return state
 
-    def _solve(self, s: DirectState) -> Tensor:
-        if s.problem.inverse is not None:
-            return s.problem.inverse(s.r)
-        adjoint = s.problem.adjoint_of_kept and bool(s.problem.kept)
-        return substitute(s.factor, s.r, self.positive_definite_matrix, adjoint)
-
     def step(self, s: DirectState) -> DirectState:
-        problem, space = s.problem, s.problem.space
-        s.x = s.x + space.scale(space.where(s.running, 1.0, 0.0), self._solve(s))
-        s.r = problem.rhs - problem.apply(s.x)
-        before, s.residual_norm = s.residual_norm, space.norm(s.r)
-        s.stop(Status.STAGNATED, (s.residual_norm > problem.target) & (s.residual_norm >= 0.5 * before))
+        problem, space, r = s.problem, s.problem.space, s.problem.rhs
+        adjoint = problem.adjoint_of_kept and bool(problem.kept)
+        x = problem.inverse(r) if problem.inverse else substitute(s.factor, r, self.positive_definite_matrix, adjoint)
+        s.x = space.scale(space.where(s.running, 1.0, 0.0), x)
+        s.stop(CLAIMED, s.running)  # what rounding has left is for the next cycle to refine
         return s
 
     def solution(self, s: DirectState) -> Tensor:
