@@ -156,7 +156,7 @@ def run(
     watch = _Watch(problem, norm_r)
     rescaled = Rescaled(A, operands.adjoint, space) if M is None and not method.direct else None
     step = Compiled(_step, operands, rescaled) if problem.compile else _step
-    limit = space.full(options.maxiter, b)
+    total = 0
     first_cycle, asked, direction, ended = True, False, None, status
     hermitian = problem.hermitian or method.hermitian
     norm_s = norm_A = cond_A = torch.zeros_like(norm_r)
@@ -199,8 +199,10 @@ def run(
             normal.look(state)
         lookout = Lookout(problem.check_every, b, exact=method.direct or watch.wanted)
         while lookout.sees(space, state.running, steps):
-            state, iterations = step(method, state, normal, iterations, limit)
-            steps += 1
+            state, iterations = step(method, state, normal, iterations)
+            steps, total = steps + 1, total + 1
+            if total >= options.maxiter:  # before that no system can have taken so many
+                state.stop(Status.MAXITER, iterations >= options.maxiter)
             if watch.wanted and not method.direct and watch.stops(state.residual_norm, scale, running, norm_r):
                 state.stop(Status.STOPPED, state.running)
                 asked = True
@@ -284,9 +286,7 @@ def run(
     return Outcome(x, report, watch.history(), () if problem.transposed and not kept else factors, q)
 
 
-def _step(
-    method: Method[Any], state: Any, normal: NormalEquations | None, iterations: Scalar, limit: Scalar
-) -> tuple[Any, Scalar]:
+def _step(method: Method[Any], state: Any, normal: NormalEquations | None, iterations: Scalar) -> tuple[Any, Scalar]:
     """One step of the method, and what it says of itself: the body of the loop, which may be compiled as it stands."""
     space, active = state.problem.space, state.running
     state = method.step(state)
@@ -295,7 +295,6 @@ def _step(
     state.stop(CLAIMED, state.residual_norm <= state.problem.target)
     if normal is not None:
         normal.look(state)
-    state.stop(Status.MAXITER, iterations >= limit)
     return state, iterations
 
 

@@ -307,15 +307,18 @@ class TensorSpace(Space):
         return x.mul_(self._spread(a, x)) if self.in_place else x * self._spread(a, x)
 
     def ratio(self, numerator: Scalar, denominator: Scalar, where: Scalar = True) -> Scalar:
-        usable = (denominator != 0) & torch.isfinite(denominator.abs()) & where
+        usable = where & (denominator != 0) & ~self.nonfinite(denominator)
         # the inner `where` keeps the derivative of the unused branch finite
-        return torch.where(usable, numerator / torch.where(usable, denominator, 1.0), 0.0)
+        quotient = numerator / (denominator if self.in_place else torch.where(usable, denominator, 1.0))
+        return torch.where(usable, quotient, 0.0)
 
     def where(self, condition: Scalar, a: Scalar, b: Scalar) -> Scalar:
         return torch.where(condition, a, b)
 
     def sqrt(self, a: Scalar) -> Scalar:
-        positive = ~(a <= 0)
+        if self.in_place:
+            return a.clamp(min=0.0).sqrt()
+        positive = ~(a <= 0)  # NaN stays NaN, and the derivative of the unused branch is finite
         return torch.where(positive, torch.where(positive, a, 1.0).sqrt(), 0.0)
 
     def maximum(self, a: Scalar, b: Scalar) -> Scalar:
@@ -328,7 +331,7 @@ class TensorSpace(Space):
         return a.conj()
 
     def nonfinite(self, a: Scalar) -> Scalar:
-        return ~torch.isfinite(a)
+        return a - a != 0  # two passes; those of isfinite are four
 
     def any(self, condition: Scalar) -> bool:
         return any_true(condition)
@@ -376,10 +379,17 @@ def any_true(condition: Tensor | bool) -> bool:
     """Whether any element is true; a synchronisation of the host with the device."""
     if not isinstance(condition, Tensor):
         return bool(condition)
+    if not _wrapped(condition):
+        return bool(condition.any())
     if _functorch.is_legacy_batchedtensor(condition):  # the older vmap of is_grads_batched=True
         torch._C._vmapmode_increment_nesting()
         condition = torch._remove_batch_dim(condition, torch._C._vmapmode_decrement_nesting(), 0, 0)
     return bool(_Any.apply(condition))
+
+
+def _wrapped(x: Tensor) -> bool:
+    """Whether the tensor belongs to a level of `torch.func`, or of the older vmap."""
+    return bool(_functorch.is_functorch_wrapped_tensor(x) or _functorch.is_legacy_batchedtensor(x))
 
 
 def probe(like: Tensor) -> Tensor:
@@ -471,7 +481,7 @@ def precise_norm(x: Tensor, batch_dims: int) -> Tensor:
         wide = torch.complex128 if x.dtype.is_complex else torch.float64
         narrow_norm: Tensor = torch.linalg.vector_norm(flat, dim=-1, dtype=wide)
         return narrow_norm
-    if x.device.type == "cpu" and not _functorch.is_functorch_wrapped_tensor(x) and not _functorch.is_legacy_batchedtensor(x):
+    if x.device.type == "cpu" and not _wrapped(x):
         plain: Tensor = torch.linalg.vector_norm(flat, dim=-1)
         if ((plain > SAFE_NORM) & (plain < 1 / SAFE_NORM)).all():  # to look costs nothing here
             return plain

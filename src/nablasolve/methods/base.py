@@ -81,11 +81,15 @@ class State:
     problem: Correction
     residual_norm: Scalar
     status: Scalar
+    _asked: Scalar | None = field(default=None, init=False, repr=False)
+    _running: Scalar = field(default=False, init=False, repr=False)
 
     @property
     def running(self) -> Scalar:
         """Which systems still run."""
-        return self.status == RUNNING
+        if self._asked is not self.status:  # it is asked often, and changes seldom
+            self._asked, self._running = self.status, self.status == RUNNING
+        return self._running
 
     def stop(self, status: int, condition: Scalar) -> None:
         """Give the systems that still run and meet the condition their status; their solution is frozen from here."""

@@ -69,9 +69,12 @@ class CG(Method[CGState]):
         rho = space.real_dot(s.r, z)
         beta = s.ratio(rho, s.rho)
         s.p = space.xpay(z, beta, s.p)
-        s.residual_norm = space.sqrt(rho) if problem.preconditioner is None else space.norm(s.r)
-        s.stop(Status.NONFINITE, space.nonfinite(rho))
-        s.stop(Status.INDEFINITE, (rho <= 0) & (s.residual_norm > s.problem.target))
+        if problem.preconditioner is None:
+            s.residual_norm = space.sqrt(rho)
+        else:
+            s.residual_norm = space.norm(s.r)
+            s.stop(Status.NONFINITE, space.nonfinite(rho))
+            s.stop(Status.INDEFINITE, (rho <= 0) & (s.residual_norm > s.problem.target))
         s.rho, s.pi = rho, rho + beta * beta * s.pi
         return s
 
