@@ -768,6 +768,22 @@ def test_params_changed_in_place_before_backward_raise(needs_gradient: bool) -> 
         loss(x).backward()
 
 
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_an_operator_that_reads_its_tensors_in_another_order_without_autograd(needs_gradient: bool) -> None:
+    """As a product does that has a kernel of its own outside autograd. No tensor takes the place of another."""
+    (W,) = well_conditioned_leaves(1)
+    W, b = W.detach().requires_grad_(needs_gradient), draw(n, dtype=F64)
+    small, large = torch.tensor(0.5, dtype=F64), torch.tensor(3.0, dtype=F64)
+
+    def A(v: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return small * (W @ v) + large * v
+        return v * large + (W @ v) * small
+
+    x = ns.solve(A, b, rtol=1e-12)
+    torch.testing.assert_close(x.detach(), torch.linalg.solve(0.5 * W.detach() + 3 * torch.eye(n, dtype=F64), b))
+
+
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
 @pytest.mark.parametrize("needs_gradient", [True, False])
 def test_sparse_operator_changed_in_place_before_backward_raises(layout: torch.layout, needs_gradient: bool) -> None:

@@ -176,6 +176,7 @@ class Replay(Trace):
     ) -> None:
         super().__init__(inside)
         self.order, self.cached, self.given = order, cached, given
+        self.met = WeakIdKeyDictionary({t: True for t in order if t is not None})
         self.count = 0
         self.replaced = False
 
@@ -184,9 +185,9 @@ class Replay(Trace):
         return tensor in self.given
 
     def enter(self, tensor: Tensor) -> Tensor:
-        """The given tensor for a recorded one, or for one in the position of a recorded one."""
+        """The given tensor for a recorded one; for one that recording has not met, what is meant by the one in its position."""
         recorded: Tensor | None = tensor
-        if tensor not in self.given and tensor not in self.cached and self.count < len(self.order):
+        if tensor not in self.met and tensor not in self.given and tensor not in self.cached and self.count < len(self.order):
             recorded = self.order[self.count]
             if recorded is None or (recorded.shape, recorded.dtype) != (tensor.shape, tensor.dtype):
                 recorded = tensor
