@@ -147,6 +147,11 @@ class Closure:
         return False
 
     @classmethod
+    def of_constants(cls, function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Closure:
+        """The closure of a callable that is known to read these tensors, none of which can be asked for a derivative."""
+        return cls(function, order=tensors, versions=tuple(version(t) for t in tensors))
+
+    @classmethod
     def record(cls, function: Callable[..., Tensor], example: Tensor, params: Sequence[Tensor] = ()) -> Closure:
         """Run `function(v, *params)` once on a vector like `example` and record what it depends on.
 

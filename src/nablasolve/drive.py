@@ -131,7 +131,7 @@ def run(
     room = headroom(b)
     A, M, least = operands.A, operands.M, method.least_squares
 
-    norm_b = precise_norm(b.detach(), batch_dims)
+    norm_b, given_b = precise_norm(b.detach(), batch_dims), b
     threshold = torch.clamp(options.rtol * norm_b, min=0.0 if problem.derived else options.atol)
     valid = torch.isfinite(norm_b)
     if space.any(~valid):
@@ -148,7 +148,7 @@ def run(
         x = operands.off_right(select(finite & (norm_b > 0), x0))  # a copy; and zero solves a zero b exactly
         valid = valid & (finite | (norm_b == 0))
     r = b if x is None else b - A(x)
-    norm_r = precise_norm(r.detach(), batch_dims)
+    norm_r = norm_b if r is given_b else precise_norm(r.detach(), batch_dims)
     status = certify.opening(valid, norm_r, threshold)
     if x is not None and operands.adjoint is not None and problem.least_squares and not problem.onto:
         status = certify.opening_normal(status, operands.adjoint, r, b - r, x, norm_r, options.rtol, batch_dims)

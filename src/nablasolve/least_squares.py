@@ -340,9 +340,11 @@ def _damped(
     def fn(v: Tree, *params: Tensor) -> Tree:
         return operator.fn(v, *params) if params else operator.apply(v), _times(lam, v if L is None else L.apply(v))
 
+    def plus(g: Tensor, u: Tensor) -> Tensor:
+        return g + spread(lam, u) * u if g.shape == u.shape else add(g, u)  # which says what is wrong
+
     def adjoint(y: Tree) -> Tree:
-        below = _times(lam, y[1])
-        return map_leaves(add, operator.apply_adjoint(y[0]), below if L is None else L.apply_adjoint(below))
+        return map_leaves(plus, operator.apply_adjoint(y[0]), y[1] if L is None else L.apply_adjoint(y[1]))
 
     parts: tuple[LinearOperator, ...] = (operator,) if L is None else (operator, L)
     written = not with_params and all(part.has_adjoint for part in parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from .adjoint import Transpose, pull_back
 from .arguments import check_result
 from .closure import Bound
 from .problem import Problem
-from .vectors import Space, any_true, divide, precise_norm
+from .vectors import Space, any_true, divide, flatten
 
 Function = Callable[[Tensor], Tensor]
 
@@ -165,7 +166,9 @@ class Rescaled:
 
     def _divided(self, y: Tensor, v: Tensor) -> Tensor:
         if self.size is None:
-            ratio = precise_norm(y.detach(), self.batch_dims) / precise_norm(v.detach(), self.batch_dims)
+            flat = (flatten(t.detach(), self.batch_dims) for t in (y, v))
+            image, entry = (torch.linalg.vector_norm(t, ord=math.inf, dim=-1).double() for t in flat)
+            ratio = image / entry
             # conjugate gradients on the normal equations square what has been multiplied by A twice
             limit = torch.finfo(v.dtype).tiny ** (-0.25 if self.A_adjoint is None else -0.125)
             extreme = torch.isfinite(ratio) & (ratio > 0) & ((ratio > limit) | (ratio < 1 / limit))

@@ -171,6 +171,8 @@ def posed(
     recordings = 0
     if isinstance(operator, DenseOperator):
         main: Closure = MatrixClosure.of(operator.matrix, batch_dims)
+    elif record and operator.constants is not None:  # to run it would tell nothing more
+        main = Closure.of_constants(function, operator.constants)
     elif record:
         main = _recorded("A", function, zero, layout, params)
         recordings = main.runs
@@ -408,7 +410,9 @@ def _flat(
                 got = pytree.tree_structure(y)
                 what = "v" if source is target else "b"
                 raise TypeError(f"{name}: expected {name}(v) to have the structure of {what}, {target.spec}, got {got}")
-            due = pytree.tree_leaves(x if source is target else target.unpack(target.zero(v, source.batch_dims)))
+            # what a leaf has to be like, in no memory of its own
+            blank = v.new_zeros((), dtype=target.dtype).expand(*v.shape[: source.batch_dims], *target.vector_shape)
+            due = pytree.tree_leaves(x if source is target else target.unpack(blank))
             for leaf, like in zip(leaves, due, strict=True):
                 check_result(name, like, leaf)
             return target.pack(pytree.tree_unflatten(leaves, target.spec))

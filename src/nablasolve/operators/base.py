@@ -126,6 +126,11 @@ class LinearOperator:
         return False
 
     @property
+    def constants(self) -> tuple[Tensor, ...] | None:
+        """All the tensors that it holds, where it is known that none of them can be asked for a derivative; else None."""
+        return None
+
+    @property
     def hermitian(self) -> bool:
         """Whether the operator is known to be Hermitian."""
         return self.claims.hermitian

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -48,9 +49,6 @@ class SparseOperator(StructuredOperator):
                 raise ValueError(f"A: expected a floating-point or complex dtype, got {matrix.dtype}")
             if matrix.layout == torch.sparse_coo:
                 matrix = matrix.coalesce()
-                self.rows, self.columns = matrix.indices()
-            else:
-                self.rows, self.columns = _block_indices(matrix)
             self.source = matrix
             self.matrix = matrix.detach()
         # A leaf's values are taken anew at each use, since a backward pass may free the graph in between; any other
@@ -62,22 +60,38 @@ class SparseOperator(StructuredOperator):
         domain = any_batch((n,), like)
         super().__init__(domain, domain if m == n else any_batch((m,), like), Claims.named(claims))
 
+    @functools.cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """The row and the column of each stored value or block."""
+        levels = contextlib.nullcontext() if is_wrapped(self.source) else temporarily_clear_interpreter_stack()
+        # they belong to the operator and not to the product that asks first: a recording of that is not to see them made
+        with levels:
+            if self.matrix.layout == torch.sparse_coo:
+                rows, columns = self.matrix.indices()
+                return rows, columns
+            return _block_indices(self.matrix)
+
+    @property
+    def constants(self) -> tuple[Tensor, ...] | None:
+        moves = self.source.requires_grad or transforms_active() or torch.autograd.forward_ad._current_level >= 0
+        return None if moves or self.values is None else (self.values,)
+
     def apply(self, x: Tensor) -> Tensor:
         if self.matrix.layout == torch.sparse_bsc or _differentiable():
-            return _gather_scatter(self._blocks(), self.rows, self.columns, x, self.matrix.shape[0])
+            return _gather_scatter(self._blocks(), *self.places, x, self.matrix.shape[0])
         return _product(self.matrix, x)
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
         if self.matrix.layout in _BLOCKS or _differentiable():
-            blocks = self._blocks().conj_physical().mT
-            return _gather_scatter(blocks, self.columns, self.rows, y, self.matrix.shape[1])
+            rows, columns = self.places
+            return _gather_scatter(self._blocks().conj_physical().mT, columns, rows, y, self.matrix.shape[1])
         return _product(self.matrix.t(), y.conj()).conj().resolve_conj()
 
     def to_dense(self, like: Any = None) -> Tensor:
         p, q = self._blocks().shape[1:]
         m, n = self.matrix.shape
         values = self._blocks()
-        blocks = values.new_zeros(m // p, n // q, p, q).index_put((self.rows, self.columns), values, accumulate=True)
+        blocks = values.new_zeros(m // p, n // q, p, q).index_put(self.places, values, accumulate=True)
         return blocks.transpose(1, 2).reshape(m, n)
 
     def exact_diagonal(self) -> Tensor | None:
@@ -85,10 +99,11 @@ class SparseOperator(StructuredOperator):
         _, p, q = blocks.shape
         if self.codomain is not self.domain or p != q:
             return None
-        on = self.rows == self.columns
+        rows, columns = self.places
+        on = rows == columns
         diagonals = blocks[on].diagonal(dim1=-2, dim2=-1)
         zero = torch.zeros((self.matrix.shape[0] // p, p), dtype=diagonals.dtype, device=diagonals.device)
-        return zero.index_add(0, self.rows[on], diagonals).reshape(-1)
+        return zero.index_add(0, rows[on], diagonals).reshape(-1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseOperator:
         """A copy with values of its own; torch has no deep copy of a compressed layout."""
@@ -114,6 +129,7 @@ class SparseOperator(StructuredOperator):
         """The same operator, whose values are taken out of the matrix once: a dense tensor that gradients pass through."""
         if self.values is not None:
             return self
+        _ = self.places  # found once, for all copies
         result = copy.copy(self)
         result.values = self._stored_values()
         return result
