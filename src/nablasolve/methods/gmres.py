@@ -18,7 +18,8 @@ from .base import CYCLE_END, Correction, Method, State, initial_status, positive
 # Kaufman & Stewart 1976; Giraud et al. 2005). It is made where the first has cancelled a digit, or where that part may exceed
 # this power of the precision. GMRES needs a basis that is well conditioned, not one that is orthogonal to the last digit
 # (Paige, Rozloznik & Strakos 2006).
-CANCELLED, ORTHOGONAL = 0.1, 0.5
+CANCELLED, ORTHOGONAL = 0.1, 0.4
+
 
 @dataclass(eq=False)
 class GMRESState(State):
@@ -29,7 +30,7 @@ class GMRESState(State):
 
     basis: Basis
     R: list[list[Scalar]]
-    rotations: list[tuple[Scalar, Scalar]]
+    rotations: list[tuple[Scalar, Scalar, Scalar]]
     g: list[Scalar]
     norm_A: Scalar
     loss: Scalar
@@ -71,7 +72,7 @@ class GMRES(Method[GMRESState]):
         h = basis.project(w)
         w = basis.subtract(w, h)
         below = space.norm(w)
-        before = space.sqrt(below * below + sum(space.abs2(a) for a in space.unstack(h)))
+        before = space.sqrt(below * below + space.norm(h) ** 2)
         loss = (s.loss + problem.epsilon) * space.ratio(before, below)
         if space.batch_dims or space.may((below < CANCELLED * before) | (loss > problem.epsilon**ORTHOGONAL)):
             again = basis.project(w)
@@ -86,16 +87,16 @@ class GMRES(Method[GMRESState]):
         # the new column of the Hessenberg matrix, zero for the systems that have stopped, rotated into R
         column = [space.where(s.running, a, a * 0) for a in space.unstack(h)]
         below = space.where(s.running, below, below * 0)
-        for i, (c, sine) in enumerate(s.rotations):
-            column[i], column[i + 1] = (
-                c * column[i] + sine * column[i + 1],
-                c * column[i + 1] - space.conj(sine) * column[i],
-            )
+        upper = column[0]
+        for i, (c, sine, conjugate) in enumerate(s.rotations):
+            lower = column[i + 1]
+            column[i], upper = c * upper + sine * lower, c * lower - conjugate * upper
+        column[-1] = upper
         c, sine, diagonal = space.rotation(column[-1], below)
         singular = space.sqrt(space.abs2(diagonal)) <= problem.rounding * s.norm_A
         column[-1] = space.where(singular, diagonal * 0, diagonal)
         s.R.append(column)
-        s.rotations.append((c, sine))
+        s.rotations.append((c, sine, space.conj(sine)))
         s.g[-1:] = [c * s.g[-1], -space.conj(sine) * s.g[-1]]
         s.residual_norm = space.where(s.running, space.sqrt(space.abs2(s.g[-1])), s.residual_norm)
         s.stop(Status.BREAKDOWN, singular)  # the Krylov space is invariant and the system on it singular
