@@ -131,6 +131,8 @@ class Nablasolve(Adapter):
             operator: Any = A
             if A is None:
                 operator, transposed = self.products(w, theta)
+                if w.batch_dims:
+                    more["batch_dims"] = w.batch_dims
                 if not w.hermitian:
                     operator = ns.LinearOperator(operator, adjoint=transposed, domain=w.cotangent, codomain=w.b)
             if w.least_squares:
@@ -213,8 +215,7 @@ class NablasolveCompiled(Nablasolve):
         return workload.method != "direct"
 
     def matrix(self, w: Workload, theta: Tensor) -> Tensor | None:
-        A = super().matrix(w, theta)
-        return None if A is None or A.layout != torch.strided else A  # sparse products cannot be compiled
+        return None  # of the products the compiler can make something
 
     def products(self, w: Workload, theta: Tensor) -> tuple[Product, Product | None]:
         return w.fused(theta), None if w.hermitian else w.fused_transposed(theta)
@@ -415,7 +416,7 @@ class Lineax(JaxSciPy):
 ADAPTERS: Mapping[str, Adapter] = {
     adapter.name: adapter
     for adapter in (
-        Floor(), FloorCompiled(), Nablasolve(), NablasolveCompiled(), NablasolveAutograd(), NablasolveLSMR(), SciPy(), JaxSciPy(), Lineax(),
-        DeepInverse(), DProx(), LinearOperatorLibrary(), XiTorch(), CoLA(), SparseGradUtils(),
+        Floor(), FloorCompiled(), Nablasolve(), NablasolveCompiled(), NablasolveAutograd(), NablasolveLSMR(), SciPy(),
+        JaxSciPy(), Lineax(), DeepInverse(), DProx(), LinearOperatorLibrary(), XiTorch(), CoLA(), SparseGradUtils(),
     )
 }  # fmt: skip

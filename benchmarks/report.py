@@ -11,8 +11,8 @@ from .measure import NO_SOLVER, Results, Row, Sample
 
 MIB = 2**20
 COLORS = (
-    "#555555", "#8a8a8a", "#1f6fb4", "#12406a", "#4c86c6", "#8fbfe8", "#3b8f5a", "#d9661f", "#e8a33d", "#7d5ba6", "#b5547c", "#a8743a",
-    "#2aa3a3", "#9a9a3c", "#c98fb0",
+    "#555555", "#8a8a8a", "#1f6fb4", "#12406a", "#4c86c6", "#8fbfe8", "#3b8f5a", "#d9661f", "#e8a33d", "#7d5ba6", "#b5547c",
+    "#a8743a", "#2aa3a3", "#9a9a3c", "#c98fb0",
 )  # fmt: skip
 
 

@@ -148,6 +148,25 @@ class Workload(ABC):
         return (of_x * self.cotangent.numel() + of_b * self.b.numel()) * item + products * self.product_bytes()
 
 
+# of a grid's coefficients for the cell above, below, left and right: zeros where there is no such cell
+BORDERS = ((0, 0, 1, 0), (0, 0, 0, 1), (1, 0), (0, 1))
+
+
+def around(shape: Sequence[int]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """Of a field, its values in the cells above, below, left and right of each; anything where there is no such cell.
+
+    One padded copy in memory, and views of it: of a pad alone the compiler would make tests in every loop that reads it.
+    """
+    rows, n = shape
+    starts = (0, 2 * n, n - 1, n + 1)
+
+    def neighbours(v: Tensor) -> tuple[Tensor, ...]:
+        padded = torch.nn.functional.pad(v.reshape(-1), (n, n))
+        return tuple(padded.as_strided((rows, n), (n, 1), start) for start in starts)
+
+    return neighbours
+
+
 class Diffusion(Workload):
     """One implicit step of variable-coefficient diffusion: `A = shift - div(theta grad)`, a coefficient a cell, no flux out."""
 
@@ -177,11 +196,15 @@ class Diffusion(Workload):
 
     def fused(self, theta: Tensor) -> Product:
         down, right = (theta[1:] + theta[:-1]) / 2, (theta[:, 1:] + theta[:, :-1]) / 2
+        # in memory that of the left face follows that of the right face of the cell before
+        pad, shape = torch.nn.functional.pad, theta.shape
+        down, right = pad(down, (0, 0, 1, 1)), pad(pad(right, (0, 1)).reshape(-1), (1, 0))
+        north, south, west, east = down[:-1], down[1:], right[:-1].view(shape), right[1:].view(shape)
+        neighbours, shift = around(shape), self.shift
 
         def A(v: Tensor) -> Tensor:
-            flux_down = torch.nn.functional.pad(down * (v[1:] - v[:-1]), (0, 0, 1, 1))
-            flux_right = torch.nn.functional.pad(right * (v[:, 1:] - v[:, :-1]), (1, 1))
-            return self.shift * v + flux_down[:-1] - flux_down[1:] + flux_right[:, :-1] - flux_right[:, 1:]
+            up, below, left, beside = neighbours(v)
+            return shift * v + north * (v - up) + south * (v - below) + west * (v - left) + east * (v - beside)
 
         return A
 
@@ -374,25 +397,24 @@ class ConvectionDiffusion(Workload):
 
         return AT
 
-    def fused(self, theta: Tensor) -> Product:
-        up, down, left, right = -1 - theta[0] / 2, -1 + theta[0] / 2, -1 - theta[1] / 2, -1 + theta[1] / 2
+    def _five_point(self, coefficients: Sequence[Tensor]) -> Product:
+        """Those of the cells above, below, left and right, which are not read where there is no such cell."""
+        up, down, left, right = (torch.nn.functional.pad(c, p) for c, p in zip(coefficients, BORDERS, strict=True))
+        neighbours, centre = around(self.b.shape), 4 + self.shift
 
         def A(v: Tensor) -> Tensor:
-            p = torch.nn.functional.pad(v, (1, 1, 1, 1))
-            rows, columns = up * p[:-2, 1:-1] + down * p[2:, 1:-1], left * p[1:-1, :-2] + right * p[1:-1, 2:]
-            return (4 + self.shift) * v + rows + columns
+            above, below, before, after = neighbours(v)
+            return centre * v + up * above + down * below + left * before + right * after
 
         return A
 
+    def fused(self, theta: Tensor) -> Product:
+        up, down, left, right = -1 - theta[0] / 2, -1 + theta[0] / 2, -1 - theta[1] / 2, -1 + theta[1] / 2
+        return self._five_point((up[1:], down[:-1], left[:, 1:], right[:, :-1]))
+
     def fused_transposed(self, theta: Tensor) -> Product:
         up, down, left, right = -1 - theta[0] / 2, -1 + theta[0] / 2, -1 - theta[1] / 2, -1 + theta[1] / 2
-
-        def AT(v: Tensor) -> Tensor:
-            up_, down_ = (torch.nn.functional.pad(c * v, (0, 0, 1, 1)) for c in (up, down))
-            left_, right_ = (torch.nn.functional.pad(c * v, (1, 1)) for c in (left, right))
-            return (4 + self.shift) * v + up_[2:] + down_[:-2] + left_[:, 2:] + right_[:, :-2]
-
-        return AT
+        return self._five_point((down[:-1], up[1:], right[:, :-1], left[:, 1:]))
 
     def numpy_operator(self, theta: np.ndarray) -> tuple[Product, Product]:
         shape = theta.shape[1:]
@@ -467,6 +489,11 @@ class DenseBatch(Workload):
 
     def operator(self, theta: Tensor) -> Product:
         return lambda v: torch.matmul(theta, v.unsqueeze(-1)).squeeze(-1)
+
+    def fused(self, theta: Tensor) -> Product:
+        # a row is summed into eight lanes of a vector, and these by themselves: inductor adds up a vector slowly, and a matrix
+        # product of a batch it leaves to a library, matrix by matrix
+        return lambda v: sum((theta * v[:, None]).unflatten(-1, (-1, 8)).sum(-2).unbind(-1))
 
     def matrix(self, theta: Tensor) -> Tensor:
         return theta
@@ -602,6 +629,37 @@ class SuperResolution(Workload):
         kernel = theta[:, None]
         return lambda y: torch.nn.functional.conv_transpose2d(y[None], kernel, stride=2, padding=2, output_padding=1)[0, 0]
 
+    # In float64 a convolution is a matrix product after a copy of 25 shifts. These are the shifts themselves, of every second
+    # column: split once, and each slice is contiguous. A stack is written to memory, while inductor repeats a pad in every use.
+
+    def fused(self, theta: Tensor) -> Product:
+        n, half = self.size, self.size // 2
+
+        def A(v: Tensor) -> Tensor:
+            p = torch.nn.functional.pad(v, (2, 2, 2, 2))
+            q = torch.stack([p[:, ::2], p[:, 1::2]])
+            taps = ((i, j) for i in range(self.support) for j in range(self.support))
+            return sum(theta[:, i, j, None, None] * q[j % 2, i : i + n : 2, j // 2 : j // 2 + half] for i, j in taps)
+
+        return A
+
+    def fused_transposed(self, theta: Tensor) -> Product:
+        half = self.size // 2
+
+        def AT(y: Tensor) -> Tensor:
+            p = torch.stack([torch.nn.functional.pad(frame, (1, 1, 1, 1)) for frame in y])
+
+            def phase(row: int, column: int) -> Tensor:
+                """Every second pixel in both directions, from these on: the other taps of the PSF miss them."""
+                taps = ((i, j) for i in range(row, self.support, 2) for j in range(column, self.support, 2))
+                frames = (theta[:, i, j, None, None] * p[:, 2 - i // 2 :, 2 - j // 2 :][:, :half, :half] for i, j in taps)
+                return sum(frames).sum(0)
+
+            columns = [torch.stack([phase(row, column) for row in (0, 1)], 1) for column in (0, 1)]
+            return torch.stack(columns, -1).reshape(self.cotangent.shape)
+
+        return AT
+
     def _pattern(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Row, column and tap of every non-zero of the matrix, which depends on theta by its values only."""
         if not hasattr(self, "pattern"):
@@ -628,8 +686,14 @@ class SuperResolution(Workload):
 
     def jax_product(self, theta: Array, v: Array) -> Array:
         import jax
+        import jax.numpy as jnp
 
-        return jax.lax.conv_general_dilated(v[None, None], theta[:, None], (2, 2), ((2, 2), (2, 2)))[0]
+        # a convolution is slower in XLA as well; the barrier keeps it from computing the product anew for every tap of A^T A
+        p, half = jnp.pad(v, 2), self.size // 2
+        q = [[p[row::2, column::2] for column in (0, 1)] for row in (0, 1)]
+        taps = {(i, j): q[i % 2][j % 2][i // 2 :, j // 2 :][:half, :half] for i, j in np.ndindex(self.support, self.support)}
+        frames = [sum(frame[tap] * u for tap, u in taps.items()) for frame in theta]
+        return jax.lax.optimization_barrier(jnp.stack(frames))
 
     def exact_product(self) -> tuple[Product, Product]:
         theta, n, half = self.theta.double().numpy(), self.size, self.support // 2

@@ -285,6 +285,8 @@ class TensorSpace(Space):
         """The scalar `a`, shaped to multiply the vector `x`."""
         if not isinstance(a, Tensor):
             return torch.full((), a, dtype=x.dtype, device=x.device)
+        if torch.compiler.is_compiling():  # a view keeps it in memory: else inductor computes it anew for every few entries
+            a = a.as_strided(a.shape, a.stride())
         return a.reshape(a.shape + (1,) * (x.ndim - self.batch_dims)).to(x.dtype)
 
     def dot(self, x: Tensor, y: Tensor) -> Scalar:
