@@ -131,8 +131,6 @@ class Nablasolve(Adapter):
             operator: Any = A
             if A is None:
                 operator, transposed = self.products(w, theta)
-                if w.batch_dims:
-                    more["batch_dims"] = w.batch_dims
                 if not w.hermitian:
                     operator = ns.LinearOperator(operator, adjoint=transposed, domain=w.cotangent, codomain=w.b)
             if w.least_squares:
@@ -215,7 +213,8 @@ class NablasolveCompiled(Nablasolve):
         return workload.method != "direct"
 
     def matrix(self, w: Workload, theta: Tensor) -> Tensor | None:
-        return None  # of the products the compiler can make something
+        A = super().matrix(w, theta)
+        return None if A is None or A.layout != torch.strided else A  # sparse products cannot be compiled
 
     def products(self, w: Workload, theta: Tensor) -> tuple[Product, Product | None]:
         return w.fused(theta), None if w.hermitian else w.fused_transposed(theta)

@@ -100,7 +100,7 @@ class Compiled:
                     owner.function = self._product(function, equation.rhs)
         else:
             self.warm = False
-            vars(equation).update(zip(self.functions, map(FromMemory, alone), strict=True))
+            vars(equation).update(zip(self.functions, map(InMemory, alone), strict=True))
             self.compiled = _compiled(self.step, (method, *map(_code, alone), *_kind(equation.rhs)))
 
     def _product(self, function: Function, like: Tensor) -> Function:
@@ -144,10 +144,11 @@ def _call(function: Function, v: Tensor) -> Tensor:
     return function(v)
 
 
-class FromMemory:
-    """`v -> A v` for a vector that lies in memory, as a view tells inductor.
+class InMemory:
+    """`v -> A v` from memory and into memory, as views tell inductor.
 
-    Else the updates that lead to it would be computed anew for each entry that the product reads, and a stencil reads five.
+    Else the updates that lead to `v` would be computed anew for each entry that the product reads, and a stencil reads five;
+    and the product for each of the sums that its result goes into.
     """
 
     def __init__(self, function: Any) -> None:
@@ -155,8 +156,11 @@ class FromMemory:
 
     def __call__(self, v: Tensor) -> Tensor:
         """The product."""
-        result: Tensor = self.function(v.as_strided(v.shape, v.stride()))
-        return result
+        return _in_memory(self.function(_in_memory(v)))
+
+
+def _in_memory(v: Tensor) -> Tensor:
+    return v.as_strided(v.shape, v.stride())
 
 
 @functools.lru_cache(maxsize=128)
