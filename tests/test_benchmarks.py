@@ -107,11 +107,36 @@ def test_the_report_has_a_row_for_each_and_json_round_trips(quick, tmp_path):
     assert [r.status for r in results.rows] == ["ok"] * len(results.rows)
     assert measure.Results.from_json(results.to_json()) == results
     page = report.markdown(results)
-    assert page.count("\n| nablasolve |") == page.count("\n| floor |") == len(kinds)
+    assert page.count("\n| nablasolve |") == page.count("\n| floor |") == 1 + len(kinds)  # in the summary, and in each section
     assert report.plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     noisy = [dataclasses.replace(row, forward_ratio=-0.5) for row in results.rows]  # a difference of two times
     assert report.plot(dataclasses.replace(results, rows=noisy), tmp_path / "noisy.png")
+
+
+def test_results_are_joined_and_summed_up(quick):
+    libraries = [ADAPTERS[name] for name in ("floor", "nablasolve", "scipy")]
+    both = measure.measure([workloads.Diffusion, workloads.Deconvolution], libraries, "tiny", 1, memory=False, copied=1)
+    again = measure.measure([workloads.Deconvolution, workloads.DenseSmall], libraries[:2], "tiny", 1, memory=False, copied=1)
+    joined = both.joined(again)
+    assert [fact["workload"] for fact in joined.facts] == ["W1", "W2", "W8"]
+    assert [row for row in joined.rows if row.workload == "W1"] == both.rows[:3]
+    assert [row for row in joined.rows if row.workload == "W2"] == again.rows[:2]
+    head, _, *lines = report.summary(joined).splitlines()
+    assert head == "| library | W1 | W2 | W8 |"
+    assert [line.split(" | ")[0] for line in lines] == ["| floor", "| nablasolve", "| scipy"]
+    assert lines[0] == "| floor | 1.00 / 1.00 | 1.00 / 1.00 | 1.00 |"
+    assert lines[2].endswith(" | – | – |")  # it was in neither of the two, and is not measured here
+    ours = both.rows[1]
+    assert f"{ours.forward_ratio:.2f} / {ours.gradient_ratio:.2f}" in lines[1]
+
+
+def test_the_readme_shows_the_results_that_are_kept():
+    root = Path(__file__).parents[1]
+    results = measure.Results.from_json((root / "docs/benchmark/results.json").read_text(encoding="utf-8"))
+    assert report.summary(results) in (root / "README.md").read_text(encoding="utf-8")
+    assert report.markdown(results) == (root / "docs/benchmark/results.md").read_text(encoding="utf-8")
+    assert (root / "docs/benchmark/plot.png").stat().st_size > 10_000
 
 
 class NotThere(Floor):

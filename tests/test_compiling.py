@@ -94,6 +94,25 @@ def test_a_python_number_that_changes_does_not_compile_each_time() -> None:
     assert counts[-1] == counts[2]
 
 
+@pytest.mark.parametrize("method", ["cg", "bicgstab"])
+def test_a_product_that_returns_a_slice_of_what_it_has_made(method: str) -> None:
+    b = torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def rows_and_columns(v: Tensor) -> Tensor:
+        p = torch.nn.functional.pad(v, (1, 1, 1, 1))
+        return (5 * p - sum(p.roll(s, d) for s in (1, -1) for d in (0, 1)))[1:-1, 1:-1]
+
+    def columns(v: Tensor) -> Tensor:
+        p = torch.nn.functional.pad(v, (2, 2))
+        return (3 * p - p.roll(1, 1) - p.roll(-1, 1))[:, 2:-2]
+
+    for A in (rows_and_columns, columns):
+        (x, info), (expected, eager) = (ns.solve_ex(A, b, method=method, rtol=1e-10, compile=c) for c in (True, False))
+        assert info.converged
+        assert abs(info.iterations - eager.iterations) <= 1
+        torch.testing.assert_close(x, expected)
+
+
 def test_products_of_compiled_steps_are_counted() -> None:
     W, b = problem(0)
     infos = [ns.solve_ex(definite(W), b, method="cg", compile=compile)[1] for compile in (False, True)]

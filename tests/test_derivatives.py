@@ -784,6 +784,40 @@ def test_an_operator_that_reads_its_tensors_in_another_order_without_autograd(ne
     torch.testing.assert_close(x.detach(), torch.linalg.solve(0.5 * W.detach() + 3 * torch.eye(n, dtype=F64), b))
 
 
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_a_window_of_constants_that_has_moved_on_before_backward(needs_gradient: bool) -> None:
+    """A loop has bound `t` to its last value when the backward pass runs, and what was `w[t + 1]` is another step's `w[t]`."""
+    w = [1 + torch.rand(n, dtype=F64, generator=torch.Generator().manual_seed(t)) for t in range(5)]
+    L = 2 * torch.eye(n, dtype=F64) - torch.eye(n, dtype=F64).roll(1, 0) - torch.eye(n, dtype=F64).roll(-1, 0)
+    theta = (1 + draw(n, dtype=F64).abs()).requires_grad_(needs_gradient)
+    u0 = draw(n, dtype=F64).requires_grad_()
+
+    def march(solve: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        u = u0
+        for t in range(3):
+            matrix = torch.diag(w[t] + theta) + 0.1 * w[t + 1][:, None] * L
+            u = solve(lambda v: v * w[t] + theta * v + 0.1 * w[t + 1] * (L @ v), u, matrix)  # noqa: B023
+        return torch.autograd.grad(u.sum(), (u0, theta) if needs_gradient else (u0,))
+
+    ours = march(lambda A, b, _: ns.solve(A, b, rtol=1e-12))
+    dense = march(lambda _, b, matrix: torch.linalg.solve(matrix, b))
+    for mine, theirs in zip(ours, dense, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc], ids=str)
+def test_a_sparse_operator_first_used_in_inference_mode_has_gradients_later(layout: torch.layout) -> None:
+    W = well_conditioned_leaves(1)[0].detach().to_sparse(layout=layout).requires_grad_()
+    operator, b = ns.aslinearoperator(W), draw(n, dtype=F64)
+    with torch.inference_mode():
+        x = ns.solve(operator, b, rtol=1e-12)
+    (gradient,) = torch.autograd.grad(ns.solve(operator, b, rtol=1e-12).sum(), W)
+    dense = W.detach().to_dense().requires_grad_()
+    (expected,) = torch.autograd.grad(torch.linalg.solve(dense, b).sum(), dense)
+    torch.testing.assert_close(gradient.to_dense(), expected * (W.detach().to_dense() != 0))
+    torch.testing.assert_close(x.clone(), torch.linalg.solve(dense.detach(), b))
+
+
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
 @pytest.mark.parametrize("needs_gradient", [True, False])
 def test_sparse_operator_changed_in_place_before_backward_raises(layout: torch.layout, needs_gradient: bool) -> None:

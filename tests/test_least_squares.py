@@ -848,6 +848,15 @@ def test_qr_sees_every_matrix_without_full_rank(kind):
         assert 0.5 * condition <= info.cond_A <= condition * (1 + condition * 100 * eps)
 
 
+@pytest.mark.parametrize("damp", [0.0, 0.5])
+@pytest.mark.parametrize("method", [*KRYLOV, None])
+def test_nothing_unknown_is_solved_by_nothing(method, damp):
+    for b in (randn(5), randn(3, 5)):
+        x, info = ns.lstsq_ex(torch.zeros(5, 0, dtype=torch.float64), b, damp=damp, method=method)
+        assert x.shape == (*b.shape[:-1], 0)
+        assert torch.as_tensor(info.converged).all()
+
+
 @pytest.mark.parametrize("method", ["svd", "qr"])
 def test_a_direct_method_that_cannot_reach_the_tolerance_stops_refining(method):
     A = with_singular_values(30, 30, torch.logspace(0, -9, 30, dtype=torch.float64))

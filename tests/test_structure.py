@@ -490,6 +490,29 @@ def test_the_history_of_a_direct_solve_is_of_recomputed_residuals(method):
     assert info.matvecs <= 2  # one for the certificate, and one that finds what A depends on
 
 
+@pytest.mark.parametrize(("method", "matrix"), [("direct", torch.diag(torch.tensor([1.0, 0, 2]))), ("qr", torch.zeros(3, 3))])
+def test_a_direct_solve_without_a_step_calls_nobody(method, matrix):
+    seen: list[int] = []
+    _, info = ns.solve_ex(
+        matrix, torch.ones(3), method=method, history=True, callback=lambda state: seen.append(state.iteration)
+    )
+    assert not info.converged
+    assert (info.iterations, len(info.history), seen) == (0, 1, [])
+
+
+def test_a_callback_stops_a_direct_solve_that_stagnates_and_no_other_method_goes_on():
+    T = ns.Triangular(torch.tril(draw(40, 40)))
+    seen: list[int] = []
+    options = dict(rtol=1e-15, maxiter=60)
+    steps = ns.solve_ex(T, draw(40), history=True, **options)[1].iterations
+    assert steps > 2
+    for last in range(1, 4):
+        seen.clear()
+        _, info = ns.solve_ex(T, draw(40), callback=lambda state: seen.append(state.iteration) or len(seen) == last, **options)  # noqa: B023
+        assert len(seen) == last
+        assert info.status is ns.Status.STOPPED
+
+
 @pytest.mark.parametrize("method", ["cg", "bicgstab", "direct"])
 def test_a_callback_that_stops_where_the_method_claims_to_be_done_is_heard(method):
     """The claim may be false, and another cycle would follow."""

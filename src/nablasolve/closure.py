@@ -204,15 +204,18 @@ class Closure:
             return self.function(v, *params), False
         places = WeakIdKeyDictionary(zip(self.recorded, given, strict=True))
         places.update({name: given[meant] if isinstance(meant, int) else meant for name, meant in self.names.items()})
-        run = Run()
-        try:
-            with transparent(), Replay([v, *params], self.order, self.cached, places) as trace:
-                result = self.function(v, *params)
-        except RuntimeError as error:  # torch's own words for a wrapped tensor of another level inside a transform of A
-            if "INTERNAL ASSERT FAILED" in str(error) and any(is_wrapped(t) for t in self.recorded):
-                raise RuntimeError(HIDDEN_BY_TRANSFORM) from error
-            raise
-        run.stop()
+        for by_position in (False, True):
+            run = Run()
+            try:
+                with transparent(), Replay([v, *params], self.order, self.cached, places, by_position) as trace:
+                    result = self.function(v, *params)
+            except RuntimeError as error:  # torch's own words for a wrapped tensor of another level inside a transform of A
+                if "INTERNAL ASSERT FAILED" in str(error) and any(is_wrapped(t) for t in self.recorded):
+                    raise RuntimeError(HIDDEN_BY_TRANSFORM) from error
+                raise
+            run.stop()
+            if not trace.rebound:
+                break
         if is_wrapped(result) and not any(is_wrapped(t) for t in (v, *given)):
             raise RuntimeError("A depends on a tensor of a torch.func transform that cannot be found. " + PARAMS_REMEDY)
         if trace.replaced and torch.is_grad_enabled():

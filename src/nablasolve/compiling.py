@@ -148,7 +148,8 @@ class InMemory:
     """`v -> A v` from memory and into memory, as views tell inductor.
 
     Else the updates that lead to `v` would be computed anew for each entry that the product reads, and a stencil reads five;
-    and the product for each of the sums that its result goes into.
+    and the product for each of the sums that its result goes into. (The vector is the method's own. The result may be a slice,
+    of which torch 2.13 compiles `as_strided` wrongly; so it is that of a copy, which costs nothing where it is computed here.)
     """
 
     def __init__(self, function: Any) -> None:
@@ -156,7 +157,7 @@ class InMemory:
 
     def __call__(self, v: Tensor) -> Tensor:
         """The product."""
-        return _in_memory(self.function(_in_memory(v)))
+        return _in_memory(self.function(_in_memory(v)).clone(memory_format=torch.contiguous_format))
 
 
 def _in_memory(v: Tensor) -> Tensor:

@@ -236,10 +236,12 @@ def run(
             r_new, norm_new = select(~refused, r_new, r), torch.where(refused, norm_r, norm_new)
         if normals is not None:
             norm_s = torch.where(refused, torch.where(running, normals.before, norm_s), normals.after)
-        if watch.wanted and method.direct:  # which has no residual of its own
+        if watch.wanted and method.direct and steps:  # which has no residual of its own
             asked = watch.stops(norm_new, torch.ones_like(scale), running, norm_r)
+        if asked:  # and no other method goes on, either
+            code = torch.where((code == RUNNING) | (running & certify.may_be_solved_otherwise(code)), int(Status.STOPPED), code)
         # another cycle from the same residual would do the same again
-        code = torch.where((code == RUNNING) & (refused | asked), int(Status.STOPPED if asked else Status.STAGNATED), code)
+        code = torch.where((code == RUNNING) & refused, int(Status.STAGNATED), code)
         if dq is not None:
             dq = select(~refused, times(scale, dq if rescaled is None else rescaled.restore(rescaled.restore(dq))))
             q = dq if q is None else q + dq

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from .adjoint import Transpose, pull_back
 from .arguments import check_result
 from .closure import Bound
 from .problem import Problem
-from .vectors import Space, any_true, divide, flatten
+from .vectors import Space, any_true, divide, largest_entry
 
 Function = Callable[[Tensor], Tensor]
 
@@ -166,8 +165,7 @@ class Rescaled:
 
     def _divided(self, y: Tensor, v: Tensor) -> Tensor:
         if self.size is None:
-            flat = (flatten(t.detach(), self.batch_dims) for t in (y, v))
-            image, entry = (torch.linalg.vector_norm(t, ord=math.inf, dim=-1).double() for t in flat)
+            image, entry = (largest_entry(t.detach(), self.batch_dims) for t in (y, v))
             ratio = image / entry
             # conjugate gradients on the normal equations square what has been multiplied by A twice
             limit = torch.finfo(v.dtype).tiny ** (-0.25 if self.A_adjoint is None else -0.125)

@@ -160,11 +160,17 @@ class Recording(Trace):
 class Replay(Trace):
     """Puts the given tensors in the places of the recorded ones.
 
+    A tensor that recording has not met takes the place of the one in its position, and one that it has met stands for itself:
+    `A` may read its constants in another order where it runs outside autograd. But where new tensors and met ones enter in a
+    sequence that is otherwise the recorded one, variables were bound to other tensors, to a window of them that has moved on,
+    say; then the run is `rebound`, and is to be repeated by positions alone.
+
     Args:
         inside: tensors that count as made inside.
         order: the recorded outside tensors in the order in which they entered.
         cached: what recording has made and `A` has kept.
         given: what to put in the place of a tensor.
+        by_position: whether a tensor that recording has met is told by its position as well.
     """
 
     def __init__(
@@ -173,12 +179,19 @@ class Replay(Trace):
         order: Sequence[Tensor | None],
         cached: WeakIdKeyDictionary,
         given: WeakIdKeyDictionary,
+        by_position: bool = False,
     ) -> None:
         super().__init__(inside)
-        self.order, self.cached, self.given = order, cached, given
+        self.order, self.cached, self.given, self.by_position = order, cached, given, by_position
         self.met = WeakIdKeyDictionary({t: True for t in order if t is not None})
         self.count = 0
         self.replaced = False
+        self.new, self.moved, self.alike = False, False, True
+
+    @property
+    def rebound(self) -> bool:
+        """Whether the variables of `A` were bound to other tensors, some of them such as recording has met elsewhere."""
+        return not self.by_position and self.new and self.moved and self.alike and self.count == len(self.order)
 
     def known(self, tensor: Tensor) -> bool:
         """Whether there is one to take its place."""
@@ -187,10 +200,14 @@ class Replay(Trace):
     def enter(self, tensor: Tensor) -> Tensor:
         """The given tensor for a recorded one; for one that recording has not met, what is meant by the one in its position."""
         recorded: Tensor | None = tensor
-        if tensor not in self.met and tensor not in self.given and tensor not in self.cached and self.count < len(self.order):
-            recorded = self.order[self.count]
-            if recorded is None or (recorded.shape, recorded.dtype) != (tensor.shape, tensor.dtype):
-                recorded = tensor
+        met, there = tensor in self.met, self.order[self.count] if self.count < len(self.order) else None
+        alike = there is not None and (there.shape, there.dtype) == (tensor.shape, tensor.dtype)
+        if tensor not in self.given and tensor not in self.cached:
+            if alike and (self.by_position or not met):
+                recorded = there
+            self.new |= not met
+            self.moved |= met and there is not tensor
+        self.alike &= alike or there is None
         self.count += 1
         replacement: Tensor = self.given.get(recorded, recorded)
         self.replaced |= not same_place(replacement, tensor)

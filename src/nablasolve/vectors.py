@@ -494,6 +494,14 @@ def precise_norm(x: Tensor, batch_dims: int) -> Tensor:
     return torch.where(usable, norm, largest).squeeze(-1)
 
 
+def largest_entry(x: Tensor, batch_dims: int) -> Tensor:
+    """The largest modulus of an entry of each system in float64, 0 where there is no entry."""
+    flat = flatten(x, batch_dims)
+    if flat.shape[-1] == 0:
+        return torch.zeros(flat.shape[:-1], dtype=torch.float64, device=x.device)
+    return torch.linalg.vector_norm(flat, ord=math.inf, dim=-1).double()
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the user's right-hand side, a tensor or a pytree of tensors, lies in one vector.

@@ -25,7 +25,7 @@ CANCELLED, ORTHOGONAL = 0.1, 0.4
 class GMRESState(State):
     """The Arnoldi basis, the triangular factor `R` by columns, the rotations and the rotated right-hand side `g`.
 
-    `loss` bounds the part of a basis vector in the span of those before it.
+    `loss` estimates how large a part of a basis vector lies in the span of those before it.
     """
 
     basis: Basis

@@ -64,8 +64,7 @@ class SparseOperator(StructuredOperator):
     def places(self) -> tuple[Tensor, Tensor]:
         """The row and the column of each stored value or block."""
         levels = contextlib.nullcontext() if is_wrapped(self.source) else temporarily_clear_interpreter_stack()
-        # they belong to the operator and not to the product that asks first: a recording of that is not to see them made
-        with levels:
+        with levels, torch.inference_mode(False):  # they are kept, for gradients too
             if self.matrix.layout == torch.sparse_coo:
                 rows, columns = self.matrix.indices()
                 return rows, columns
