@@ -23,6 +23,9 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--limit", type=float, default=300.0, help="seconds of a library on a workload, then it is reported as over; 0: none"
     )
     parser.add_argument("--no-memory", action="store_true", help="start no processes that measure memory")
+    parser.add_argument(
+        "--join", type=Path, nargs="+", help="measure nothing: report these results.json as one, each workload from the last"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="the folder to write to")
     return parser.parse_args(arguments)
 
@@ -43,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, and write it with the JSON and the plot."""
     chosen = options(arguments)
     restrict(chosen.threads)
+    import functools
     import logging
     import warnings
 
@@ -74,9 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     libraries = [ADAPTERS[name] for name in names]
     chosen.out.mkdir(parents=True, exist_ok=True)
-    results = measure.measure(
-        workloads, libraries, chosen.sizes, chosen.rounds, not chosen.no_memory, say, limit=chosen.limit, keep=keep
-    )
+    if chosen.join:
+        read = (measure.Results.from_json(path.read_text(encoding="utf-8")) for path in chosen.join)
+        results = functools.reduce(measure.Results.joined, read)
+        keep(results)
+    else:
+        results = measure.measure(
+            workloads, libraries, chosen.sizes, chosen.rounds, not chosen.no_memory, say, limit=chosen.limit, keep=keep
+        )
     print(report.markdown(results))
     print(f"{chosen.out}/results.md, results.json" + (", plot.png" if report.plot(results, chosen.out / "plot.png") else ""))
     return 0

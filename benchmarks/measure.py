@@ -123,6 +123,28 @@ class Results:
         """All of it."""
         return json.dumps(asdict(self), indent=1)
 
+    def joined(self, other: Results) -> Results:
+        """These, with all rows of each workload that the other measured in their place.
+
+        Raises:
+            ValueError: if rounds, scale or threads differ.
+        """
+        if (self.rounds, self.scale, self.machine.threads) != (other.rounds, other.scale, other.machine.threads):
+            raise ValueError("expected results of as many rounds and threads, and of one scale")
+        keys = list(WORKLOADS)
+
+        def merged(kept: list[Any], new: list[Any], key: Callable[[Any], tuple[str, int]]) -> list[Any]:
+            kept = [entry for entry in kept if key(entry) not in measured]
+            return sorted(
+                [*kept, *(entry for entry in new if key(entry) in measured)], key=lambda e: (keys.index(key(e)[0]), key(e))
+            )
+
+        measured = {(row.workload, row.size) for row in other.rows}
+        rows = merged(self.rows, other.rows, lambda row: (row.workload, row.size))
+        facts = merged(self.facts, other.facts, lambda fact: (fact["workload"], fact["size"]))
+        machine = replace(self.machine, versions=self.machine.versions | other.machine.versions)
+        return replace(self, machine=machine, rows=rows, facts=facts)
+
     @classmethod
     def from_json(cls, text: str) -> Results:
         """What `to_json` has written."""

@@ -10,6 +10,7 @@ from .adapters import ADAPTERS
 from .measure import NO_SOLVER, Results, Row, Sample
 
 MIB = 2**20
+SUMMARY = "Time relative to the hand-written loop, forward / with backward"
 COLORS = (
     "#555555", "#8a8a8a", "#1f6fb4", "#12406a", "#4c86c6", "#8fbfe8", "#3b8f5a", "#d9661f", "#e8a33d", "#7d5ba6", "#b5547c",
     "#a8743a", "#2aa3a3", "#9a9a3c", "#c98fb0",
@@ -136,6 +137,48 @@ def notes(results: Results) -> str:
     return "".join(["\n", *(f"\n- {name}: {note}." for name, note in known)]) if known else ""
 
 
+def summary(results: Results) -> str:
+    """One table: a line a library and a column a workload, the time relative to the floor forward / with backward.
+
+    W7 is the peak memory in MiB at the smallest and the largest number of iterations, W8 the time of an iteration. A star marks
+    a ratio of compiled code; in each column the smallest with backward, eager and compiled, are bold.
+    """
+    sizes = {(f["workload"], f["size"]): sum(g["workload"] == f["workload"] for g in results.facts) for f in results.facts}
+    sizes = {key: many for key, many in sizes.items() if any((r.workload, r.size) == key for r in results.rows)}
+    libraries = list(dict.fromkeys(row.library for row in results.rows if row.memory_by_iterations is None))
+    rows = {(row.library, row.workload, row.size): row for row in results.rows}
+    compiled = {name for name in libraries if name in ADAPTERS and ADAPTERS[name].compiles}
+    lines = []
+    for name in libraries:
+        line = [name + "*" * (name in compiled)]
+        for workload, size in sizes:
+            row = rows.get((name, workload, size))
+            rivals = [
+                r.gradient_ratio
+                for r in results.rows
+                if (r.workload, r.size) == (workload, size) and (r.library in compiled) == (name in compiled)
+                if r.library != "floor" and r.gradient_ratio is not None
+            ]
+            line.append("–" if row is None else cell(row, min(rivals, default=None)))
+        if any(text != "–" for text in line[1:]):
+            lines.append(line)
+    head = ["library", *(f"{workload} {size}" if many > 1 else workload for (workload, size), many in sizes.items())]
+    return table(head, lines)
+
+
+def cell(row: Row, best: float | None) -> str:
+    """What the summary has of a library on a workload."""
+    if row.memory_by_iterations:
+        peaks = [mebibytes(peak) for peak in row.memory_by_iterations.values()]
+        return f"{peaks[0]}…{peaks[-1]} MiB"
+    if row.forward_ratio is None and row.gradient_ratio is None:
+        return "–" if row.status == NO_SOLVER else "fails" if row.status != "ok" else "–"
+    if row.gradient_ratio is None:
+        return number(row.forward_ratio)
+    text = f"{number(row.forward_ratio)} / {number(row.gradient_ratio)}"
+    return f"**{text}**" if row.gradient_ratio == best else text
+
+
 def markdown(results: Results) -> str:
     """The whole page."""
     m = results.machine
@@ -151,6 +194,7 @@ def markdown(results: Results) -> str:
         f"{busy(results):.2f} times longer on the wall clock than on the processor. A ratio in brackets is that of the "
         f"processor's seconds.\n\n{versions}.{notes(results)}"
     ]
+    parts.append("### " + SUMMARY + "\n\n" + summary(results))
     for facts in results.facts:
         rows = [r for r in results.rows if (r.workload, r.size) == (facts["workload"], facts["size"])]
         if rows:

@@ -499,7 +499,8 @@ def largest_entry(x: Tensor, batch_dims: int) -> Tensor:
     flat = flatten(x, batch_dims)
     if flat.shape[-1] == 0:
         return torch.zeros(flat.shape[:-1], dtype=torch.float64, device=x.device)
-    return torch.linalg.vector_norm(flat, ord=math.inf, dim=-1).double()
+    largest: Tensor = torch.linalg.vector_norm(flat, ord=math.inf, dim=-1).double()
+    return largest
 
 
 @dataclass(frozen=True)
