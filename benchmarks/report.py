@@ -141,7 +141,7 @@ def summary(results: Results) -> str:
     """One table: a line a library and a column a workload, the time relative to the floor forward / with backward.
 
     W7 is the peak memory in MiB at the smallest and the largest number of iterations, W8 the time of an iteration. A star marks
-    a ratio of compiled code; in each column the smallest with backward, eager and compiled, are bold.
+    a ratio of compiled code; in each column the smallest with backward, eager and compiled, are bold, the floors aside.
     """
     sizes = {(f["workload"], f["size"]): sum(g["workload"] == f["workload"] for g in results.facts) for f in results.facts}
     sizes = {key: many for key, many in sizes.items() if any((r.workload, r.size) == key for r in results.rows)}
@@ -157,7 +157,7 @@ def summary(results: Results) -> str:
                 r.gradient_ratio
                 for r in results.rows
                 if (r.workload, r.size) == (workload, size) and (r.library in compiled) == (name in compiled)
-                if r.library != "floor" and r.gradient_ratio is not None
+                if not r.library.startswith("floor") and r.gradient_ratio is not None
             ]
             line.append("–" if row is None else cell(row, min(rivals, default=None)))
         if any(text != "–" for text in line[1:]):
