@@ -796,7 +796,7 @@ def test_a_window_of_constants_that_has_moved_on_before_backward(needs_gradient:
         u = u0
         for t in range(3):
             matrix = torch.diag(w[t] + theta) + 0.1 * w[t + 1][:, None] * L
-            u = solve(lambda v: v * w[t] + theta * v + 0.1 * w[t + 1] * (L @ v), u, matrix)  # noqa: B023
+            u = solve(lambda v: v * w[t] + theta * v + 0.1 * w[t + 1] * (L @ v), u, matrix)  # noqa: B023 (late binding is the case)
         return torch.autograd.grad(u.sum(), (u0, theta) if needs_gradient else (u0,))
 
     ours = march(lambda A, b, _: ns.solve(A, b, rtol=1e-12))

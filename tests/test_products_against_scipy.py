@@ -88,6 +88,19 @@ def hold_against_scipy(
     return ours
 
 
+def test_counts_are_held():
+    theirs = np.arange(100, 100 + DRAWS)
+    hold(theirs + MORE, theirs, MORE)
+    hold(np.full(DRAWS, 100 + MORE), np.full(DRAWS, 100), MORE)
+    for ours in (theirs + 20, np.full(DRAWS, np.inf)):
+        with pytest.raises(AssertionError, match="by chance"):
+            hold(ours, theirs, MORE)
+    with pytest.raises(AssertionError, match="theirs 100"):
+        hold(np.full(DRAWS, 101 + MORE), np.full(DRAWS, 100), MORE)
+    with pytest.raises(AssertionError, match="says nothing"):
+        hold(theirs, np.full(DRAWS, np.inf), MORE)
+
+
 # -- matrices of other people's problems, those on which SciPy converges ---------------------------------------------------
 
 SPARSE = [

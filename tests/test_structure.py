@@ -487,7 +487,7 @@ def test_the_history_of_a_direct_solve_is_of_recomputed_residuals(method):
     assert info.history[0].item() == pytest.approx(b.norm().item())
     assert info.history[1].item() == pytest.approx(info.residual_norm)
     assert info.residual_norm == pytest.approx((b - A @ x).norm().item(), rel=1e-3)
-    assert info.matvecs <= 2  # one for the certificate, and one that finds what A depends on
+    assert info.matvecs == 1  # for the certificate
 
 
 @pytest.mark.parametrize(("method", "matrix"), [("direct", torch.diag(torch.tensor([1.0, 0, 2]))), ("qr", torch.zeros(3, 3))])
@@ -508,7 +508,8 @@ def test_a_callback_stops_a_direct_solve_that_stagnates_and_no_other_method_goes
     assert steps > 2
     for last in range(1, 4):
         seen.clear()
-        _, info = ns.solve_ex(T, draw(40), callback=lambda state: seen.append(state.iteration) or len(seen) == last, **options)  # noqa: B023
+        callback = lambda state, last=last: seen.append(state.iteration) or len(seen) == last  # noqa: E731
+        _, info = ns.solve_ex(T, draw(40), callback=callback, **options)
         assert len(seen) == last
         assert info.status is ns.Status.STOPPED
 

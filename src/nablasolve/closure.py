@@ -342,7 +342,7 @@ def matvec(matrix: Tensor, v: Tensor) -> Tensor:
         return v @ matrix.mT
     columns = v.unsqueeze(-1)
     if torch.compiler.is_compiling() and matrix.ndim == columns.ndim == 3:
-        # a plain product inductor takes apart into a sum for each row, which takes twice as long
+        # a plain product inductor takes apart into a sum for each row, which is slower than the library's
         return torch.baddbmm(v.new_zeros(()), matrix.expand(len(v), -1, -1), columns, beta=0).squeeze(-1)
     return (matrix @ columns).squeeze(-1)
 
